@@ -1,0 +1,85 @@
+"""Supervised warm start: trains a model on a task's corpus and writes its parameters.
+
+    python experiments/warm_start.py --config configs/demo.py --output rredcot_jax/assets/chain_warm_start.safetensors
+
+For `chain` the corpus is the sloppy teacher's, for other tasks the reference
+solutions. Ends by printing the sampled accuracy on held-out prompts, as one
+JSON object on the last line.
+"""
+
+import functools
+import json
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from rredcot_jax import config as config_lib
+from rredcot_jax import tasks, train_step, types
+from rredcot_jax.evaluation import evaluate
+from rredcot_jax.model import decoder, huggingface
+from rredcot_jax.tasks import batching, chain
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+OUTPUT = flags.DEFINE_string("output", None, "The safetensors file to write.")
+
+
+def corpus_batch(task: tasks.Task, config, step: int) -> types.TrainBatch:
+  """The `step`-th batch of supervised traces, a function of the seed and the step."""
+  start = config.warm_start
+  rng = np.random.default_rng([config.seed, step])
+  examples = [task[int(i)] for i in rng.integers(len(task), size=start.batch_size)]
+  traces = []
+  for example in examples:
+    if isinstance(task, chain.Chain):
+      text = chain.teacher_trace(example, rng, wrong_share=start.wrong_share, early_share=start.early_share)
+      traces.append(tasks.trace_ids(task.tokenizer, text))
+    else:
+      steps = sum(tasks.solution_ids(task.tokenizer, example), [])
+      traces.append([*steps, *tasks.exit_ids(task.tokenizer), *tasks.answer_ids(task.tokenizer, example)])
+  prompt_tokens, prompt_mask = batching.prompt_arrays(task, examples, config.rollout.max_prompt_tokens)
+  tokens, mask = batching.pad(
+    traces, config.rollout.max_tokens, side="right", pad_id=task.tokenizer.pad_token_id, what="trace"
+  )
+  zeros = np.zeros(tokens.shape, np.float32)
+  return types.TrainBatch(
+    prompt_tokens=prompt_tokens, prompt_mask=prompt_mask, tokens=tokens, mask=mask, loss_mask=mask,
+    old_log_probs=zeros, reference_log_probs=zeros, advantages=zeros,
+  )  # fmt: skip
+
+
+def main(_) -> None:
+  config = CONFIG.value
+  start = config.warm_start
+  task = tasks.make_task(config.task.name, split="train", **config.task.options)
+  held_out = tasks.make_task(config.task.name, split="eval", **config.task.options)
+  model = config_lib.model_config(config, len(task.tokenizer))
+
+  # ---- State -------------------------------------------------------------------------------
+  optimizer = train_step.make_optimizer(
+    learning_rate=start.learning_rate, warmup_steps=start.num_steps // 20, decay_steps=start.num_steps,
+    weight_decay=config.optimizer.weight_decay, max_grad_norm=config.optimizer.max_grad_norm,
+  )  # fmt: skip
+  state = train_step.init_state(decoder.init(model, jax.random.key(config.seed)), optimizer)
+  update = jax.jit(
+    functools.partial(train_step.supervised_update, config=model, optimizer=optimizer), donate_argnums=0
+  )
+
+  # ---- Supervised updates ------------------------------------------------------------------
+  progress = tqdm(range(start.num_steps), desc="warm start", mininterval=1.0)
+  for step in progress:
+    state, metrics = update(state, corpus_batch(task, config, step))
+    if step % 50 == 0:
+      progress.set_postfix(loss=f"{float(metrics['loss']):.3f}")
+
+  # ---- Write and check ---------------------------------------------------------------------
+  huggingface.save_params(state.params, OUTPUT.value)
+  result = evaluate(state.params, model, held_out, config, jax.random.key(config.seed))
+  print(json.dumps({"output": OUTPUT.value, "loss": float(metrics["loss"]), **result}))
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "output"])
+  app.run(main)

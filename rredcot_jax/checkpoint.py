@@ -1,0 +1,130 @@
+"""Checkpoints: train state, step and data iterator through Orbax; bare parameters as safetensors.
+
+A checkpoint is written beside its place and renamed when complete, so that a
+process killed at any moment leaves the last complete one untouched.
+"""
+
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+
+_SEPARATOR = "/"
+
+
+class Checkpointer:
+  """Saves and restores (state, data iterator state) by step in one directory."""
+
+  def __init__(self, directory: str | os.PathLike, *, keep: int):
+    """Opens `directory`, keeping the newest `keep` checkpoints.
+
+    Raises:
+      ValueError: if `keep` < 2: a damaged newest checkpoint could not be passed over.
+    """
+    if keep < 2:
+      raise ValueError(f"checkpoint.keep={keep} must be at least 2, so that a damaged one can be passed over.")
+    self._directory = pathlib.Path(directory).absolute()
+    self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+
+  def save(self, step: int, state: Any, data: dict) -> None:
+    """Writes in the background; `wait` before leaving."""
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+    self._manager.save(step, args=args)
+
+  def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
+    """The newest readable checkpoint, or None where there is none at all.
+
+    A checkpoint that cannot be read is named in a warning, moved aside (so that
+    its step can be saved again) and the one before it is tried.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings to restore into.
+
+    Returns:
+      (step, state, data iterator state).
+
+    Raises:
+      ValueError: if there are checkpoints and none can be read.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    damaged = []
+    for step in steps:
+      args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+      try:
+        restored = self._manager.restore(step, args=args)
+        jax.block_until_ready(restored["state"])
+      except Exception as error:  # Orbax and TensorStore raise many kinds; each means the same here.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        logging.warning("checkpoint %s cannot be read (%s); falling back to the one before it", step, reason)
+        damaged.append(step)
+        continue
+      self._set_aside(damaged)
+      return step, restored["state"], restored["data"]
+    if damaged:
+      raise ValueError(f"none of the checkpoints {damaged} in {self._directory} can be read.")
+    return None
+
+  def wait(self) -> None:
+    """Returns when everything saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+  def _set_aside(self, steps: list[int]) -> None:
+    if not steps:
+      return
+    self._manager.close()
+    for step in steps:
+      aside = self._directory / f"damaged-{step}"
+      number = 1
+      while aside.exists():
+        number += 1
+        aside = self._directory / f"damaged-{step}-{number}"
+      (self._directory / str(step)).rename(aside)
+    self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+
+
+def save_params(params: Any, path: str | os.PathLike) -> None:
+  """Writes a parameter tree as one safetensors file, atomically; names are paths, "blocks/query"."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  flat = {_SEPARATOR.join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in leaves}
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + ".tmp")
+  safetensors.numpy.save_file(flat, temporary)
+  os.replace(temporary, path)
+
+
+def load_params(path: str | os.PathLike, abstract_params: Any) -> Any:
+  """Reads parameters written by `save_params` into the structure of `abstract_params`.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: naming the file and the tensor, if one is missing, has another
+      shape than the configured model, or if the file is damaged.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"no parameters at {path}: check initial_params, or make the file with warm_start.py.")
+  try:
+    flat = safetensors.numpy.load_file(path)
+  except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
+    raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+  def pick(key_path: tuple, leaf: Any) -> np.ndarray:
+    name = _SEPARATOR.join(str(key.key) for key in key_path)
+    if name not in flat:
+      raise ValueError(f"{path} has no tensor {name!r}; it holds {', '.join(sorted(flat))}.")
+    if flat[name].shape != leaf.shape:
+      raise ValueError(f"{path}: tensor {name!r} is {flat[name].shape} and the model needs {leaf.shape}.")
+    return flat[name].astype(leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(pick, abstract_params)

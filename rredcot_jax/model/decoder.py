@@ -1,0 +1,254 @@
+"""The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Flax NNX modules hold the parameters and their initialisation. The layers are
+one stack: every block parameter carries a leading layer axis and the layers
+run as one `lax.scan`. Outside this file a model is `(config, params)`, a
+frozen record and a pytree, and the three pure functions below:
+
+  forward        a whole sequence        -> hidden states, and its keys and values
+  decode_step    one token a row         -> hidden states, cache extended
+  run_branches   many continuations      -> hidden states, cache shared and untouched
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from rredcot_jax.model import attention
+from rredcot_jax.model.config import ModelConfig
+
+Params = Any
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values of a prompt and its trace, column by column.
+
+  Columns [0, P) hold the left-padded prompt and P + t holds trace token t. The
+  last sampled token is never run, so its column holds nothing; no state is cut
+  behind it (the state after the last token is terminal).
+  """
+
+  key: chex.Array  # [L, B, P + T, KV, D], rotary positions applied.
+  value: chex.Array  # [L, B, P + T, KV, D].
+
+
+class Block(nnx.Module):
+  """Parameters of one layer; `Decoder` stacks them."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    d, h, kv, hd, f = config.width, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_width
+    down_scale = (2 * config.num_layers) ** -0.5
+    self.attention_norm = nnx.Param(jnp.ones(d))
+    self.query = _normal(rngs, (d, h, hd), d)
+    self.key = _normal(rngs, (d, kv, hd), d)
+    self.value = _normal(rngs, (d, kv, hd), d)
+    self.out = _normal(rngs, (h, hd, d), h * hd, down_scale)
+    if config.qkv_bias:
+      self.query_bias = nnx.Param(jnp.zeros((h, hd)))
+      self.key_bias = nnx.Param(jnp.zeros((kv, hd)))
+      self.value_bias = nnx.Param(jnp.zeros((kv, hd)))
+    if config.qk_norm:
+      self.query_norm = nnx.Param(jnp.ones(hd))
+      self.key_norm = nnx.Param(jnp.ones(hd))
+    self.mlp_norm = nnx.Param(jnp.ones(d))
+    self.gate = _normal(rngs, (d, f), d)
+    self.up = _normal(rngs, (d, f), d)
+    self.down = _normal(rngs, (f, d), f, down_scale)
+
+
+class Decoder(nnx.Module):
+  """Parameters of the whole model, block parameters stacked over layers."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.embedding = _normal(rngs, (config.vocab_size, config.width), config.width)
+
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stack(layer_rngs: nnx.Rngs) -> Block:
+      return Block(config, layer_rngs)
+
+    self.blocks = stack(rngs)
+    self.final_norm = nnx.Param(jnp.ones(config.width))
+    if not config.tied_embeddings:
+      self.head = _normal(rngs, (config.vocab_size, config.width), config.width)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> nnx.Param:
+  return nnx.Param(jax.random.normal(rngs.params(), shape) * (scale * fan_in**-0.5))
+
+
+def init(config: ModelConfig, key: chex.PRNGKey) -> Params:
+  """Random float32 parameters as a nested dict; block leaves are [L, ...]."""
+  return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key)), nnx.Param))
+
+
+def num_params(config: ModelConfig) -> int:
+  """Number of parameters, without allocating them."""
+  shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def forward(
+  params: Params, config: ModelConfig, tokens: chex.Array, mask: chex.Array
+) -> tuple[chex.Array, Cache]:
+  """Runs whole sequences, padded on either side.
+
+  Args:
+    params: as `init` makes them.
+    config: static.
+    tokens: [B, C] int32.
+    mask: [B, C] bool, True on real tokens; positions count real tokens.
+
+  Returns:
+    Final hidden states [B, C, D] (garbage on padding) and the cache [L, B, C, KV, D].
+  """
+  chex.assert_rank([tokens, mask], 2)
+  chex.assert_equal_shape([tokens, mask])
+  positions = positions_of(mask)
+  c = tokens.shape[1]
+  causal = jnp.tril(jnp.ones((c, c), bool))
+  allowed = jnp.logical_and(causal[None], mask[:, None, :])
+
+  def attend(query: chex.Array, key: chex.Array, value: chex.Array, carry: None, layer: chex.Array) -> Any:
+    return attention.attend(query, key, value, allowed), carry, Cache(key=key, value=value)
+
+  hidden, _, cache = _run(params, config, tokens, positions, attend, None)
+  return hidden, cache
+
+
+def decode_step(
+  params: Params, config: ModelConfig, cache: Cache, token: chex.Array, column: chex.Array, mask: chex.Array
+) -> tuple[chex.Array, Cache]:
+  """Runs one token a row and writes its keys and values into `column`.
+
+  Args:
+    params: as `init` makes them.
+    config: static.
+    cache: columns before `column` filled.
+    token: [B] int32.
+    column: [] int32, the same for every row (prompts are left-padded).
+    mask: [B, P + T] bool, real columns, `column` included, later ones False.
+
+  Returns:
+    Hidden states [B, D] and the cache with `column` written.
+  """
+  positions = jnp.sum(mask, axis=1, keepdims=True) - 1
+
+  def attend(query: chex.Array, key: chex.Array, value: chex.Array, carry: Cache, layer: chex.Array) -> Any:
+    def write(whole: chex.Array, new: chex.Array) -> chex.Array:
+      return jax.lax.dynamic_update_slice(whole, new[None], (layer, 0, column, 0, 0))
+
+    carry = Cache(key=write(carry.key, key), value=write(carry.value, value))
+    out = attention.attend(query, carry.key[layer], carry.value[layer], mask[:, None])
+    return out, carry, None
+
+  hidden, cache, _ = _run(params, config, token[:, None], positions, attend, cache)
+  return hidden[:, 0], cache
+
+
+def run_branches(
+  params: Params,
+  config: ModelConfig,
+  cache: Cache,
+  cache_mask: chex.Array,
+  tokens: chex.Array,
+  columns: chex.Array,
+) -> chex.Array:
+  """Runs M continuations of each row's trace, which is read from the cache.
+
+  Branch m of a row sees the real columns before `columns[m]` and its own earlier
+  tokens, at positions that continue the count of those columns.
+
+  Args:
+    params: as `init` makes them.
+    config: static.
+    cache: keys and values of the traces, C columns.
+    cache_mask: [B, C] bool, real columns.
+    tokens: [B, M, S] int32 branch tokens, right-padded.
+    columns: [B, M] int32, the first column that the branch replaces.
+
+  Returns:
+    Hidden states [B, M, S, D] (garbage on padding).
+  """
+  chex.assert_rank([tokens, columns, cache_mask], [3, 2, 2])
+  c = cache_mask.shape[1]
+  before = jnp.arange(c)[None, None] < columns[:, :, None]
+  prefix_mask = jnp.logical_and(cache_mask[:, None], before)
+  offsets = jnp.arange(tokens.shape[2], dtype=jnp.int32)[None, None]
+  positions = jnp.sum(prefix_mask, axis=-1, dtype=jnp.int32)[:, :, None] + offsets
+
+  def attend(query: chex.Array, key: chex.Array, value: chex.Array, carry: None, layer: Cache) -> Any:
+    out = attention.attend_with_prefix(query, key, value, layer.key, layer.value, prefix_mask)
+    return out, carry, None
+
+  hidden, _, _ = _run(params, config, tokens, positions, attend, None, cache)
+  return hidden
+
+
+def logits(params: Params, hidden: chex.Array) -> chex.Array:
+  """Next-token logits [..., V] float32 of hidden states [..., D]."""
+  head = params["head"] if "head" in params else params["embedding"]
+  return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def positions_of(mask: chex.Array) -> chex.Array:
+  """[B, C] int32 position of each real token, counted over real tokens; 0 on left padding."""
+  return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def _run(
+  params: Params,
+  config: ModelConfig,
+  tokens: chex.Array,
+  positions: chex.Array,
+  attend: Callable[..., Any],
+  carry: Any,
+  layers: Any = None,
+) -> tuple[chex.Array, Any, Any]:
+  """Scans the layers; `attend` decides what the queries of a layer look at."""
+  x = jnp.take(params["embedding"], tokens, axis=0)
+  layers = jnp.arange(config.num_layers) if layers is None else layers
+
+  def layer_step(state: tuple[chex.Array, Any], scanned: tuple[Any, Any]) -> Any:
+    x, carry = state
+    block, layer = scanned
+    query, key, value = _project(block, config, _rms_norm(x, block["attention_norm"], config), positions)
+    mixed, carry, kept = attend(query, key, value, carry, layer)
+    x = x + _linear(mixed.reshape(*x.shape[:-1], -1), block["out"].reshape(-1, config.width))
+    y = _rms_norm(x, block["mlp_norm"], config)
+    x = x + _linear(jax.nn.silu(_linear(y, block["gate"])) * _linear(y, block["up"]), block["down"])
+    return (x, carry), kept
+
+  (x, carry), kept = jax.lax.scan(layer_step, (x, carry), (params["blocks"], layers))
+  return _rms_norm(x, params["final_norm"], config), carry, kept
+
+
+def _project(
+  block: Params, config: ModelConfig, x: chex.Array, positions: chex.Array
+) -> tuple[chex.Array, chex.Array, chex.Array]:
+  def project(name: str) -> chex.Array:
+    y = _linear(x, block[name].reshape(config.width, -1)).reshape(*x.shape[:-1], -1, config.head_dim)
+    if config.qkv_bias:
+      y = y + jnp.expand_dims(block[f"{name}_bias"], range(y.ndim - 2))
+    if config.qk_norm and name != "value":
+      y = _rms_norm(y, block[f"{name}_norm"], config)
+    return y if name == "value" else attention.rotary(y, positions, config.rope_theta)
+
+  return project("query"), project("key"), project("value")
+
+
+def _linear(x: chex.Array, weight: chex.Array) -> chex.Array:
+  """[..., D] @ [D, F], as one product of matrices: on CPU its gradient is twice as fast that way."""
+  return (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def _rms_norm(x: chex.Array, scale: chex.Array, config: ModelConfig) -> chex.Array:
+  x32 = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_epsilon)
+  return (x32 * inverse).astype(x.dtype) * jnp.expand_dims(scale, range(x.ndim - 1))

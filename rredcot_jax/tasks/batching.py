@@ -1,0 +1,59 @@
+"""Examples -> padded arrays of token ids, and the iterator that deals prompts.
+
+The iterator is Grain's: shuffled anew each epoch from the seed, endless, and
+its state is a small JSON object that a checkpoint carries.
+"""
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from rredcot_jax import tasks
+
+
+def pad(rows: Sequence[Sequence[int]], width: int, *, side: str, pad_id: int, what: str) -> tuple:
+  """Rows of ids as one array and its mask.
+
+  Args:
+    rows: B lists of ids, each at most `width` long.
+    width: columns of the result.
+    side: "left" or "right", where the padding goes.
+    pad_id: what it is.
+    what: names the rows in errors.
+
+  Returns:
+    [B, width] int32 and [B, width] bool.
+
+  Raises:
+    ValueError: if a row does not fit; nothing is cut off silently.
+  """
+  tokens = np.full((len(rows), width), pad_id, np.int32)
+  mask = np.zeros((len(rows), width), bool)
+  for i, row in enumerate(rows):
+    if len(row) > width:
+      raise ValueError(f"{what} {i} has {len(row)} tokens and the room is {width}: raise that limit in the config.")
+    columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+    tokens[i, columns], mask[i, columns] = row, True
+  return tokens, mask
+
+
+def prompt_arrays(task: tasks.Task, examples: Sequence[tasks.Example], width: int) -> tuple:
+  """Left-padded prompts: [B, width] int32 tokens and [B, width] bool mask."""
+  rows = [tasks.prompt_ids(task.tokenizer, example) for example in examples]
+  return pad(rows, width, side="left", pad_id=task.tokenizer.pad_token_id, what="prompt")
+
+
+def prompt_iterator(task: tasks.Task, batch_size: int, seed: int) -> grain.DatasetIterator:
+  """Endless batches of `batch_size` example indices, each epoch shuffled anew.
+
+  Raises:
+    ValueError: if the task holds fewer examples than a batch.
+  """
+  if len(task) < batch_size:
+    raise ValueError(
+      f"task {task.name!r} yields {len(task)} prompts and a step needs {batch_size}: "
+      "lower rollout.prompts_per_step or enlarge the task."
+    )
+  indices = grain.MapDataset.range(len(task)).shuffle(seed=seed).repeat().batch(batch_size)
+  return iter(indices.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

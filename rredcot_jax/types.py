@@ -1,0 +1,105 @@
+"""The frozen pytrees that travel from one file to the next.
+
+Shapes are given as the method functions see them: one trace of at most `T`
+tokens, cut into at most `K` segments. Batched code carries one leading axis
+`B` on every field and vmaps.
+
+Index convention, fixed here once: `t` counts trace tokens from 0; segment `k`
+(from 0) holds the tokens `starts[k] <= t < ends[k]`; state `k` is the prompt
+followed by the tokens `t < starts[k]`, so state 0 is the prompt alone and the
+terminal state, number `num_segments`, is the whole trace. In the notation of
+docs/method.md, `ends[k]` is e_{k+1} and state `k` is s_k.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+import chex
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Rollout:
+  """Sampled traces, right-padded, after left-padded prompts.
+
+  Everything is kept as token ids: no text is decoded and encoded again.
+  """
+
+  prompt_tokens: chex.Array  # [P] int32, left-padded.
+  prompt_mask: chex.Array  # [P] bool, True on real tokens.
+  tokens: chex.Array  # [T] int32, the trace, its end-of-sequence token included.
+  mask: chex.Array  # [T] bool, True on real tokens (a prefix of True).
+  log_probs: chex.Array  # [T] float32, under the distribution sampled from (nats).
+  entropy: chex.Array  # [T] float32, of the model's next-token distribution (nats).
+  truncated: chex.Array  # [] bool, True where the trace ran out of room.
+
+
+@struct.dataclass
+class Segments:
+  """A cut of one trace into `num_segments <= K` consecutive segments."""
+
+  ends: chex.Array  # [K] int32, exclusive; the trace's length from num_segments - 1 on.
+  segment_ids: chex.Array  # [T] int32 in [0, num_segments), -1 on padding.
+  num_segments: chex.Array  # [] int32; 0 only for an empty trace.
+  num_merged: chex.Array  # [] int32, cuts found but given up to fit (never silent).
+
+  @property
+  def starts(self) -> chex.Array:
+    """[..., K] int32, the first token of each segment: the cut of its state."""
+    first = jnp.zeros_like(self.ends[..., :1])
+    return jnp.concatenate([first, self.ends[..., :-1]], axis=-1)
+
+  @property
+  def mask(self) -> chex.Array:
+    """[..., K] bool, True on segments that exist."""
+    k = jnp.arange(self.ends.shape[-1])
+    return k < self.num_segments[..., None]
+
+  @property
+  def lengths(self) -> chex.Array:
+    """[..., K] int32, tokens in each segment, 0 where there is none."""
+    return self.ends - self.starts
+
+
+@struct.dataclass
+class Completions:
+  """A bank: for each state `k`, `N` ways in which the trace might go on and end."""
+
+  tokens: chex.Array  # [K, N, S] int32, right-padded.
+  mask: chex.Array  # [K, N, S] bool, True on real tokens (a prefix of True).
+  scored: chex.Array  # [K, N, S] bool, the tokens whose log-probability counts; in mask.
+  utilities: chex.Array  # [K, N] float32 >= 0, zeta_n.
+  log_q: chex.Array  # [K, N] float32, log-probability under the proposal (nats).
+  valid: chex.Array  # [K, N] bool, False on empty places.
+
+
+@struct.dataclass
+class Credit:
+  """What one trace's reward was turned into."""
+
+  values: chex.Array  # [K + 1] float32, v(s_0) .. v(s_K); R from num_segments on.
+  rewards: chex.Array  # [K] float32, r_k, 0 where there is no segment.
+  advantages: chex.Array  # [T] float32, A_t, 0 on padding.
+  effective_sample_size: chex.Array  # [K] float32, of the weights behind each value.
+
+
+@struct.dataclass
+class TrainBatch:
+  """What a policy update needs of a trace, and nothing else."""
+
+  prompt_tokens: chex.Array  # [P] int32, left-padded.
+  prompt_mask: chex.Array  # [P] bool.
+  tokens: chex.Array  # [T] int32.
+  mask: chex.Array  # [T] bool, tokens the model reads.
+  loss_mask: chex.Array  # [T] bool, tokens the loss counts; in mask.
+  old_log_probs: chex.Array  # [T] float32, of the policy that sampled (nats).
+  reference_log_probs: chex.Array  # [T] float32, of the KL reference (nats).
+  advantages: chex.Array  # [T] float32.
+
+
+def check_option(name: str, value: str, options: Sequence[str]) -> None:
+  """Raises ValueError naming `value` and the nearest of `options` unless it is one."""
+  if value not in options:
+    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.0)
+    raise ValueError(f"{name}={value!r} is unknown; did you mean {near[0]!r}? Options: {', '.join(options)}.")

@@ -1,0 +1,13 @@
+"""Four fake CPU devices, no silent rank promotion, deterministic property tests."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=50)
+hypothesis.settings.load_profile("deterministic")

@@ -1,0 +1,412 @@
+"""Losses, metrics and gradients worked out by hand, then the identities between them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rredcot_jax import advantages, losses, types
+
+OPTIONS = ("loss", "clip_low", "clip_high", "dual_clip", "kl", "kl_coefficient", "max_length")
+NAN = np.nan
+every_loss = pytest.mark.parametrize("loss", losses.LOSSES)
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+
+
+@functools.partial(jax.jit, static_argnames=OPTIONS)
+def loss_metrics_gradient(log_probs, batch, **options):
+  """(loss, metrics, d loss / d log_probs)."""
+  grad = jax.value_and_grad(losses.policy_loss, has_aux=True)
+  (loss, metrics), gradient = grad(log_probs, batch, max_length=10, **options)
+  return loss, metrics, gradient
+
+
+def make_batch(old, advantages, mask, reference=None):
+  old = jnp.array(old, jnp.float32)
+  zeros = jnp.zeros(old.shape, jnp.int32)
+  mask = jnp.array(mask, bool)
+  return types.TrainBatch(
+    prompt_tokens=zeros,
+    prompt_mask=jnp.zeros(old.shape, bool),
+    tokens=zeros,
+    mask=mask,
+    loss_mask=mask,
+    old_log_probs=old,
+    reference_log_probs=old if reference is None else jnp.array(reference, jnp.float32),
+    advantages=jnp.array(advantages, jnp.float32),
+  )
+
+
+def golden_batch():
+  """Rows of 3, 2 and 0 loss tokens; the ratios lie below, above and within [0.8, 1.3]."""
+  log_probs = np.array([[-1, -2, -3], [-1, -2, NAN], [NAN, NAN, NAN]], np.float32)
+  ratios = np.array([[1.5, 0.5, 1.0], [1.5, 0.5, 1.0], [1.0, 1.0, 1.0]])
+  a = [[1, 1, -1], [-1, -1, NAN], [NAN, np.inf, 1]]
+  batch = make_batch(log_probs - np.log(ratios), a, [[1, 1, 1], [1, 1, 0], [0, 0, 0]])
+  return jnp.array(log_probs), batch
+
+
+def random_batch(rows=8, tokens=6, seed=0):
+  """Random everything, with a row of no loss tokens, a hole in one row and garbage under the mask."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, tokens + 1, rows)
+  lengths[1] = 0
+  mask = np.arange(tokens)[None] < lengths[:, None]
+  mask[0] = [True, False, *[True] * (tokens - 2)]
+  draw = lambda scale: rng.normal(scale=scale, size=(rows, tokens))
+  old = -1.0 - np.abs(draw(1.0))
+  fill = lambda x: np.where(mask, x, rng.choice([NAN, np.inf, -np.inf], (rows, tokens)))
+  batch = make_batch(fill(old), fill(draw(1.0)), mask, fill(old + draw(0.3)))
+  return jnp.array(fill(old + draw(0.3)), jnp.float32), batch
+
+
+# Values by hand, clip range [0.8, 1.3].
+# min(rho A, clip(rho) A) of the two rows: 1.3, 0.5, -1.0 and -1.5, -0.8.
+
+
+def test_golden_grpo():
+  loss, _, gradient = loss_metrics_gradient(*golden_batch(), loss="grpo", clip_high=0.3)
+  close(loss, -(0.8 / 3 - 2.3 / 2) / 2)  # The empty row is no sequence.
+  # d rho / d log pi = rho where not clipped.
+  close(gradient, [[0, -0.5 / 6, 1 / 6], [1.5 / 4, 0, 0], [0, 0, 0]])
+
+
+def test_golden_dapo():
+  loss, _, gradient = loss_metrics_gradient(*golden_batch(), loss="dapo", clip_high=0.3)
+  close(loss, 1.5 / 5)
+  close(gradient, np.array([[0, -0.5, 1], [1.5, 0, 0], [0, 0, 0]]) / 5)
+
+
+def test_golden_dr_grpo():
+  loss, _, gradient = loss_metrics_gradient(*golden_batch(), loss="dr_grpo", clip_high=0.3)
+  close(loss, 1.5 / (3 * 10))  # The empty row counts in B.
+  close(gradient, np.array([[0, -0.5, 1], [1.5, 0, 0], [0, 0, 0]]) / 30)
+
+
+def test_golden_cispo():
+  # clip(rho) A log pi: -1.3, -1.6, 3 and 1.3, 1.6. The gradient is the clipped weight, on every token.
+  loss, _, gradient = loss_metrics_gradient(*golden_batch(), loss="cispo", clip_high=0.3)
+  close(loss, -4.0 / 5)
+  close(gradient, -np.array([[1.3, 0.8, -1.0], [-1.3, -0.8, 0], [0, 0, 0]]) / 5)
+
+
+def test_golden_gspo():
+  s0, s1 = 0.75 ** (1 / 3), 0.75**0.5  # .9086, .8660: geometric means of the rows' ratios
+  loss, _, gradient = loss_metrics_gradient(*golden_batch(), loss="gspo", clip_high=0.3)
+  close(loss, -(s0 * (1 + 1 - 1) / 3 - s1) / 2)
+  close(gradient, [[-s0 / 6, -s0 / 6, s0 / 6], [s1 / 4, s1 / 4, 0], [0, 0, 0]])
+  # With the lower bound at .9 the second row, all A < 0, is clipped as a whole.
+  loss, metrics, gradient = loss_metrics_gradient(*golden_batch(), loss="gspo", clip_low=0.1)
+  close(loss, -(s0 / 3 - 0.9) / 2)
+  close(gradient, [[-s0 / 6, -s0 / 6, s0 / 6], [0, 0, 0], [0, 0, 0]])
+  close(metrics["clip_fraction_low"], 2 / 5)
+  close(metrics["ratio_max"], s0)
+
+
+def test_golden_metrics():
+  log_probs, batch = golden_batch()
+  _, metrics, _ = loss_metrics_gradient(log_probs, batch, loss="grpo", clip_high=0.3)
+  close(metrics["clip_fraction_low"], 1 / 5)  # Only where A < 0.
+  close(metrics["clip_fraction_high"], 1 / 5)  # Only where A > 0.
+  close(metrics["clip_fraction_dual"], 0)
+  close(metrics["ratio_mean"], (1.5 + 0.5 + 1.0 + 1.5 + 0.5) / 5)
+  close(metrics["ratio_max"], 1.5)
+  close(metrics["advantage_mean_abs"], 1)
+  close(metrics["loss_tokens"], 5)
+  close(metrics["approx_kl"], (2 * (1.5 - 1 - np.log(1.5)) + 2 * (0.5 - 1 - np.log(0.5))) / 5)
+  assert "kl" not in metrics
+  assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
+  _, metrics, _ = loss_metrics_gradient(log_probs, batch, loss="cispo", clip_high=0.3)
+  close(metrics["clip_fraction_low"], 2 / 5)  # cispo clips whatever the sign of A.
+  close(metrics["clip_fraction_high"], 2 / 5)
+
+
+def test_dual_clip_bounds_what_a_wrong_trace_can_cost():
+  ratios, a = np.array([[5.0, 2.0, 5.0, 0.5]]), [[-2.0, -2.0, 2.0, -2.0]]
+  batch = make_batch(-np.log(ratios), a, np.ones((1, 4)))
+  zeros = jnp.zeros((1, 4))
+  loss, metrics, gradient = loss_metrics_gradient(zeros, batch, loss="grpo", dual_clip=3.0)
+  close(loss, -(-3.0 * 2 - 2.0 * 2 + 1.2 * 2 - 0.8 * 2) / 4)
+  close(gradient, [[0, 2 * 2 / 4, 0, 0]])
+  close(metrics["clip_fraction_dual"], 1 / 4)
+  loss, _, gradient = loss_metrics_gradient(zeros, batch, loss="grpo")
+  close(loss, -(-5.0 * 2 - 2.0 * 2 + 1.2 * 2 - 0.8 * 2) / 4)
+  close(gradient, [[5 * 2 / 4, 2 * 2 / 4, 0, 0]])
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+def test_a_clipped_token_has_no_gradient_outwards_and_a_full_one_inwards(loss):
+  """One token a row: ratio out of bounds above or below, with A pushing it on or pulling it back."""
+  ratios = np.array([[2.0], [2.0], [0.5], [0.5]])
+  batch = make_batch(-np.log(ratios), [[1.0], [-1.0], [1.0], [-1.0]], np.ones((4, 1)))
+  _, _, gradient = loss_metrics_gradient(jnp.zeros((4, 1)), batch, loss=loss)
+  normaliser = 40 if loss == "dr_grpo" else 4
+  close(gradient[:, 0], np.array([0.0, 2.0, -0.5, 0.0]) / normaliser)
+
+
+@every_loss
+@pytest.mark.parametrize("clip", [0.2, 0.0])
+def test_the_on_policy_gradient_is_minus_a_over_the_normaliser(loss, clip):
+  log_probs = jnp.array([[-1.0, -2.0, -0.5], [-1.0, -3.0, 0.0], [0.0, 0.0, 0.0]])
+  a = np.array([[0.5, -2.0, 0.25], [1.0, 3.0, 9.0], [9.0, 9.0, 9.0]])
+  mask = np.array([[1, 1, 1], [1, 1, 0], [0, 0, 0]])
+  _, metrics, gradient = loss_metrics_gradient(
+    log_probs, make_batch(log_probs, a, mask), loss=loss, clip_low=clip, clip_high=clip
+  )
+  by_sequence = np.array([[3 * 2], [2 * 2], [1]])
+  normaliser = {"grpo": by_sequence, "gspo": by_sequence, "dapo": 5, "cispo": 5, "dr_grpo": 30}[loss]
+  close(gradient, -a * mask / normaliser)
+  close(metrics["ratio_mean"], 1)
+  close(metrics["approx_kl"], 0)
+
+
+def test_gspo_token_has_the_gradient_of_gspo_where_the_advantage_is_constant():
+  log_probs, batch = random_batch()
+  batch = batch.replace(advantages=jnp.broadcast_to(jnp.linspace(-1, 1, 8)[:, None], (8, 6)))
+
+  def gspo(log_probs):
+    mask = batch.loss_mask
+    count = jnp.maximum(mask.sum(1), 1)
+    s = jnp.exp(jnp.where(mask, log_probs - batch.old_log_probs, 0).sum(1) / count)
+    a = batch.advantages[:, 0]
+    objective = jnp.minimum(s * a, jnp.clip(s, 0.9, 1.1) * a)
+    return -jnp.where(mask.any(1), objective, 0).sum() / mask.any(1).sum()
+
+  expected, expected_gradient = jax.jit(jax.value_and_grad(gspo))(log_probs)
+  loss, metrics, gradient = loss_metrics_gradient(log_probs, batch, loss="gspo", clip_low=0.1, clip_high=0.1)
+  assert metrics["clip_fraction_low"] + metrics["clip_fraction_high"] > 0
+  close(loss, expected)
+  close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize(
+  "kl, value, slope",
+  [("k1", 0.5, 1.0), ("k2", 0.125, 0.5), ("k3", np.exp(-0.5) + 0.5 - 1, 1 - np.exp(-0.5))],
+)
+def test_golden_kl(kl, value, slope):
+  """log pi - log pi_ref = 0.5 on the first row's two tokens, 0 on the second row's one."""
+  log_probs = jnp.array([[-1.0, -1.0], [-2.0, 0.0]])
+  zeros = np.zeros((2, 2))
+  batch = make_batch(log_probs, zeros, [[1, 1], [1, 0]], [[-1.5, -1.5], [-2.0, NAN]])
+  for loss, share, normaliser in [("grpo", 1 / 2, 4), ("dapo", 2 / 3, 3), ("dr_grpo", 2 / 20, 20)]:
+    got, metrics, gradient = loss_metrics_gradient(log_probs, batch, loss=loss, kl=kl, kl_coefficient=0.1)
+    close(got, 0.1 * value * share)
+    close(gradient, [[0.1 * slope / normaliser, 0.1 * slope / normaliser], [0, 0]])
+    close(metrics["kl"], (np.exp(-0.5) + 0.5 - 1) * 2 / 3)  # k3, whichever is in the loss.
+
+
+def test_expected_kl_gradients_by_enumeration():
+  """On-policy over a whole vocabulary: k1 none, k2 that of KL(pi || ref), k3 that of KL(ref || pi)."""
+  logits, ref = jnp.array([0.3, -1.0, 0.8, 0.1]), jax.nn.log_softmax(jnp.array([1.0, 0.2, -0.5, 0.0]))
+  log_pi = jax.nn.log_softmax(logits)
+  batch = make_batch(log_pi[:, None], np.zeros((4, 1)), np.ones((4, 1)), ref[:, None])
+  score = jax.jacobian(jax.nn.log_softmax)(logits)
+
+  def expected(kl):
+    _, _, gradient = loss_metrics_gradient(log_pi[:, None], batch, loss="dapo", kl=kl, kl_coefficient=1.0)
+    return jnp.sum((jnp.exp(log_pi) * 4 * gradient[:, 0])[:, None] * score, axis=0)
+
+  forward = jax.grad(lambda x: jnp.sum(jnp.exp(ref) * (ref - jax.nn.log_softmax(x))))(logits)
+  reverse = jax.grad(lambda x: jnp.sum(jax.nn.softmax(x) * (jax.nn.log_softmax(x) - ref)))(logits)
+  assert np.abs(forward - reverse).max() > 0.01
+  close(expected("k1"), np.zeros(4), atol=1e-6)
+  close(expected("k2"), reverse, atol=1e-6)
+  close(expected("k3"), forward, atol=1e-6)
+
+
+@every_loss
+@pytest.mark.parametrize("kl", losses.KL_ESTIMATORS)
+def test_masked_garbage_reaches_neither_loss_nor_gradient_nor_metrics(loss, kl):
+  log_probs, batch = random_batch()
+  clean = lambda x: jnp.where(batch.loss_mask, x, 0)
+  cleaned = batch.replace(
+    old_log_probs=clean(batch.old_log_probs),
+    reference_log_probs=clean(batch.reference_log_probs),
+    advantages=clean(batch.advantages),
+  )
+  got = loss_metrics_gradient(log_probs, batch, loss=loss, kl=kl, kl_coefficient=0.1)
+  jax.tree.map(np.testing.assert_array_equal, got, loss_metrics_gradient(
+    clean(log_probs), cleaned, loss=loss, kl=kl, kl_coefficient=0.1
+  ))  # fmt: skip
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+  np.testing.assert_array_equal(got[2][~batch.loss_mask], 0)
+  assert np.abs(got[2]).max() > 0
+
+
+@every_loss
+def test_padding_columns_change_nothing(loss):
+  log_probs, batch = random_batch()
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, 3)))
+  loss_, metrics, gradient = loss_metrics_gradient(log_probs, batch, loss=loss, kl="k3", kl_coefficient=0.1)
+  padded = loss_metrics_gradient(
+    pad(log_probs), jax.tree.map(pad, batch), loss=loss, kl="k3", kl_coefficient=0.1
+  )
+  close(padded[0], loss_)
+  close(padded[2], pad(gradient))
+  jax.tree.map(close, padded[1], metrics)
+
+
+@every_loss
+def test_neighbouring_rows_are_independent(loss):
+  """Another row's values reach no other row's gradient; its mask only through the normaliser."""
+  log_probs, batch = random_batch()
+  _, _, gradient = loss_metrics_gradient(log_probs, batch, loss=loss)
+  changed = batch.replace(advantages=batch.advantages.at[2].mul(-3.0))
+  _, _, other = loss_metrics_gradient(log_probs.at[2].add(0.5), changed, loss=loss)
+  rest = np.arange(8) != 2
+  np.testing.assert_array_equal(other[rest], gradient[rest])
+  assert np.abs(other[2] - gradient[2]).max() > 0
+
+  dropped = batch.replace(loss_mask=batch.loss_mask.at[2].set(False))
+  _, _, other = loss_metrics_gradient(log_probs, dropped, loss=loss)
+  tokens = batch.loss_mask.sum() / dropped.loss_mask.sum()
+  rescaled = {"grpo": 7 / 6, "gspo": 7 / 6, "dapo": tokens, "cispo": tokens, "dr_grpo": 1.0}[loss]
+  close(other[rest], gradient[rest] * rescaled)
+  np.testing.assert_array_equal(other[2], 0)
+
+
+@every_loss
+@pytest.mark.parametrize("kl", ["off", "k3"])
+def test_a_batch_without_loss_tokens_is_zero(loss, kl):
+  log_probs, batch = random_batch()
+  batch = batch.replace(loss_mask=jnp.zeros_like(batch.loss_mask))
+  result = loss_metrics_gradient(log_probs, batch, loss=loss, kl=kl, kl_coefficient=0.1)
+  for leaf in jax.tree.leaves(result):
+    np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+@every_loss
+@pytest.mark.parametrize("drift", [-200.0, 200.0])
+def test_a_runaway_ratio_stays_finite(loss, drift):
+  log_probs = jnp.full((2, 2), -250.0)
+  batch = make_batch(log_probs - drift, [[1.0, -1.0], [1.0, -1.0]], np.ones((2, 2)), log_probs + drift)
+  result = loss_metrics_gradient(log_probs, batch, loss=loss, kl="k3", kl_coefficient=0.1)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+
+
+def test_the_gradient_flows_to_the_new_log_probs_alone():
+  log_probs, batch = golden_batch()
+  floats = lambda b: (b.old_log_probs, b.reference_log_probs, b.advantages)
+
+  def loss_of(old, reference, a):
+    changed = batch.replace(old_log_probs=old, reference_log_probs=reference, advantages=a)
+    return losses.policy_loss(log_probs, changed, loss="grpo", kl="k2", kl_coefficient=0.5)[0]
+
+  for gradient in jax.jit(jax.grad(loss_of, argnums=(0, 1, 2)))(*floats(batch)):
+    np.testing.assert_array_equal(gradient, np.zeros((3, 3)))
+
+
+def test_half_precision_log_probs_give_a_float32_loss():
+  log_probs, batch = golden_batch()
+  loss, _, _ = loss_metrics_gradient(log_probs.astype(jnp.bfloat16), batch, loss="grpo", clip_high=0.3)
+  assert loss.dtype == jnp.float32
+  close(loss, -(0.8 / 3 - 2.3 / 2) / 2)  # These log-probabilities are exact in bfloat16.
+
+
+@every_loss
+@pytest.mark.parametrize("mode", advantages.SIGMA_MODES)
+def test_one_segment_and_constant_credit_have_the_loss_of_grpo_advantages(loss, mode):
+  log_probs, batch = random_batch(rows=2, tokens=6, seed=3)
+  mask = jnp.array([[True] * 6, [True] * 4 + [False] * 2])
+  outcomes = advantages.group_advantages(jnp.array([1.0, 0.0]))
+  finite = lambda x: jnp.nan_to_num(x, nan=-1.0, posinf=-1.0, neginf=-1.0)
+  batch = batch.replace(
+    loss_mask=mask, old_log_probs=finite(batch.old_log_probs), advantages=mask * outcomes[:, None]
+  )
+  grpo = loss_metrics_gradient(finite(log_probs), batch, loss=loss)
+
+  one = types.Segments(
+    ends=jnp.array([[6, 6], [4, 4]]),
+    segment_ids=jnp.where(mask, 0, -1),
+    num_segments=jnp.array([1, 1]),
+    num_merged=jnp.array([0, 0]),
+  )
+  two = one.replace(
+    ends=jnp.array([[3, 6], [2, 4]]),
+    segment_ids=jnp.where(mask, jnp.array([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]), -1),
+    num_segments=jnp.array([2, 2]),
+  )
+  for segments, rewards in [
+    (one, jnp.array([[0.7, NAN], [-0.3, NAN]])),
+    (two, jnp.array([[0.35, 0.35], [-0.1, -0.1]])),
+  ]:
+    credit = jax.vmap(functools.partial(advantages.token_advantages, mode=mode))(rewards, outcomes, segments)
+    credited = loss_metrics_gradient(finite(log_probs), batch.replace(advantages=credit), loss=loss)
+    jax.tree.map(close, credited, grpo)
+  assert np.abs(grpo[2]).max() > 0
+
+
+def test_loss_mask():
+  mask = jnp.array([[True, True, False]] * 4)
+  truncated = jnp.array([False, True, False, True])
+  flat = jnp.array([False, False, True, True])
+  for mask_truncated, filter_zero_variance, kept in [
+    (False, False, [True, True, True, True]),
+    (True, False, [True, False, True, False]),
+    (False, True, [True, True, False, False]),
+    (True, True, [True, False, False, False]),
+  ]:
+    got = losses.loss_mask(
+      mask, truncated, flat, mask_truncated=mask_truncated, filter_zero_variance=filter_zero_variance
+    )
+    np.testing.assert_array_equal(got, np.array(mask) & np.array(kept)[:, None])
+
+
+@every_loss
+def test_jit_and_vmap_equal_eager(loss):
+  log_probs, batch = random_batch()
+  options = dict(loss=loss, max_length=10, kl="k3", kl_coefficient=0.1)
+  eager = losses.policy_loss(log_probs, batch, **options)
+  jitted = loss_metrics_gradient(log_probs, batch, loss=loss, kl="k3", kl_coefficient=0.1)
+  jax.tree.map(close, jitted[:2], eager)
+  stack = lambda x: jnp.stack([x, jnp.flip(x, axis=0)])
+  batched = jax.vmap(functools.partial(losses.policy_loss, **options))(
+    stack(log_probs), jax.tree.map(stack, batch)
+  )
+  for member in range(2):  # A batch means the same in any order of its rows.
+    jax.tree.map(lambda x, y: close(x[member], y), batched, eager)
+
+
+@every_loss
+def test_four_devices_equal_one(loss):
+  assert len(jax.devices()) >= 4
+  log_probs, batch = random_batch()
+  options = dict(loss=loss, kl="k3", kl_coefficient=0.1)
+  expected = loss_metrics_gradient(log_probs, batch, **options)
+  rows = NamedSharding(Mesh(np.array(jax.devices()[:4]), ("data",)), PartitionSpec("data"))
+  got = loss_metrics_gradient(jax.device_put(log_probs, rows), jax.device_put(batch, rows), **options)
+  assert len(got[2].sharding.device_set) == 4
+  jax.tree.map(close, got, expected)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(loss="dr_gpo"), "did you mean 'dr_grpo'"),
+    (dict(loss="grpo", kl="k4"), "kl='k4' is unknown"),
+    (dict(loss="grpo", clip_low=1.5), "clip_low"),
+    (dict(loss="grpo", clip_high=-0.1), "clip_high"),
+    (dict(loss="grpo", dual_clip=1.0), "dual_clip"),
+    (dict(loss="cispo", dual_clip=3.0), "cispo has no clipped objective"),
+    (dict(loss="grpo", kl_coefficient=-0.1), "kl_coefficient"),
+    (dict(loss="dr_grpo"), "max_length"),
+  ],
+)
+def test_wrong_options(options, message):
+  with pytest.raises(ValueError, match=message):
+    losses.policy_loss(*golden_batch(), **options)
+
+
+def test_wrong_shapes_and_types():
+  log_probs, batch = golden_batch()
+  for bad_log_probs, bad_batch in [
+    (log_probs[:, :2], batch),
+    (log_probs[0], batch),
+    (log_probs, batch.replace(loss_mask=batch.loss_mask.astype(jnp.float32))),
+    (log_probs, batch.replace(advantages=batch.advantages[:, :1])),  # One a trace: broadcast it first.
+  ]:
+    with pytest.raises(AssertionError):
+      losses.policy_loss(bad_log_probs, bad_batch, loss="grpo")

@@ -1,0 +1,307 @@
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+from verifiers_test import HOSTILE
+
+from rredcot_jax import tasks
+from rredcot_jax.tasks import reasoning_gym
+
+GSM = "reasoning_gym/gsm_symbolic"
+SPECIAL_TEXT = "<think></think><pad><eos></think"
+
+
+@pytest.fixture(scope="module")
+def train() -> tasks.Task:
+  return tasks.make_task(GSM, split="train", size=300)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(train) -> transformers.PreTrainedTokenizerFast:
+  return train.tokenizer
+
+
+def test_golden_example(train):
+  # Changes with the library's generators (0.1.25 here) and with `split_of`; update it for no other reason.
+  example = train[1]
+  assert example.question == (
+    "Amelia is learning to write and decides to keep re-writing the arabic abjad (with 28 letters) until she knows it. She writes it in full 4, writes 0.25 of it once, then re-writes everything she has already written. How many letters has Amelia written in total? Give the result as your final answer. Do not include units."
+  )
+  assert example.steps == (
+    "Amelia has written the arabic abjad (with 28 letters) 4 time(s) which is a total of 28 * 4 = 112 letters.\n",
+    "She then writes 0.25 the arabic abjad (with 28 letters), which is 28 * 0.25 = 7 letters.\n",
+    "So far, this is a total of 112 + 7 = 119 letters.\n",
+    "Writing this again means she has doubled the number of letters she has written, so she has written a total of 119 * 2 = 238 letters.\n",
+  )
+  assert example.answer == "238"
+
+
+def test_steps_join_to_the_reference_solution(train):
+  for example in train:
+    solution, _, last = example.entry["metadata"]["answer_cot"].rpartition("\n")
+    assert "".join(example.steps) == solution + "\n"
+    assert last.startswith("####") and float(last[4:]) == float(example.answer)
+    assert all(step.strip() and step.endswith("\n") for step in example.steps)
+
+
+def test_blank_lines_belong_to_the_step_before():
+  entry = {"metadata": {"answer_cot": "Let us see:\n\n1. a\n   b\n\n\nSo.\n\n#### 3"}}
+  assert reasoning_gym.solution_steps(entry) == ("Let us see:\n\n", "1. a\n", "   b\n\n\n", "So.\n\n")
+  assert reasoning_gym.solution_steps({"metadata": {}}) == ()
+  with pytest.raises(ValueError, match="no line '#### <answer>'"):
+    reasoning_gym.solution_steps({"metadata": {"answer_cot": "a\nb"}})
+
+
+def test_examples_depend_on_seed_split_and_index_alone(train):
+  again = tasks.make_task(GSM, split="train", size=17)
+  assert [again[i] for i in reversed(range(17))] == [train[i] for i in reversed(range(17))]
+  other = tasks.make_task(GSM, split="train", size=17, seed=1)
+  assert not {e.question for e in other} & {train[i].question for i in range(17)}
+
+
+def test_questions_do_not_change_with_the_hash_seed(train):
+  script = (
+    f"from rredcot_jax import tasks; print(tasks.make_task({GSM!r}, split='train', size=9)[8].question)"
+  )
+  root = pathlib.Path(__file__).parent.parent
+  environment = {**os.environ, "PYTHONHASHSEED": "123"}
+  printed = subprocess.run(
+    [sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, check=True
+  )
+  assert printed.stdout.decode().strip() == train[8].question
+
+
+# Seeds that lie close together, and a data set with few distinct questions, are where splits by seed overlap.
+@pytest.mark.parametrize("dataset, size", [("gsm_symbolic", 300), ("chain_sum", 100), ("count_bits", 100)])
+def test_no_eval_question_is_in_train(dataset, size):
+  def questions(split, seed):
+    return {e.question for e in reasoning_gym.ReasoningGym(dataset, split=split, size=size, seed=seed)}
+
+  train = questions("train", 0) | questions("train", 1)
+  assert len(train) > size
+  assert not train & (questions("eval", 0) | questions("eval", 1))
+
+
+def test_iteration_ends(train):
+  assert len(list(train)) == len(train) == 300
+  for index in (-1, 300):
+    with pytest.raises(IndexError):
+      train[index]
+
+
+def test_gold_answers_earn_one_and_others_nothing(train):
+  for example in train:
+    assert train.reward(example, "".join(example.steps) + f"</think>{example.answer}") == 1.0
+    assert train.reward(example, "".join(example.steps) + f"</think>{float(example.answer) + 1}") == 0.0
+    assert train.reward(example, "".join(example.steps) + example.answer) == 0.0
+
+
+def test_scorers_differ_where_documented():
+  def score(response, **options):
+    task = reasoning_gym.ReasoningGym("gsm_symbolic", split="train", size=1, **options)
+    return task.reward(dataclasses.replace(task[0], answer="5", entry={"answer": "5"}), "</think>" + response)
+
+  assert score("6") == 0.0 and score("6", partial_credit=True) == 0.01
+  assert score("-5") == 1.0 and score("-5", scorer="numeric") == 0.0
+  assert score("5.0", scorer="numeric") == 1.0 and score("5.0", scorer="exact") == 0.0
+
+
+def test_a_longer_answer_that_holds_the_right_one_earns_nothing():
+  options = {"split": "train", "size": 1}
+  for dataset in ("count_bits", "chain_sum"):
+    strict = reasoning_gym.ReasoningGym(dataset, **options)
+    partial = reasoning_gym.ReasoningGym(dataset, partial_credit=True, **options)
+    response = f"</think>{strict[0].answer}7"
+    assert strict.reward(strict[0], response) == 0.0
+    assert 0.0 < partial.reward(partial[0], response) < 1.0
+
+
+@pytest.mark.parametrize(
+  "dataset", ["gsm_symbolic", "chain_sum", "sudoku", "knights_knaves", "bitwise_arithmetic"]
+)
+def test_hostile_text_is_wrong_and_quickly_so(dataset):
+  task = reasoning_gym.ReasoningGym(dataset, split="train", size=1)
+  example = task[0]
+  for text in HOSTILE.values():
+    for response in (text, "</think>" + text):
+      start = time.perf_counter()
+      assert task.reward(example, response) == 0.0
+      assert time.perf_counter() - start < 1.0
+
+
+def test_scorer_that_raises_means_wrong():
+  task = reasoning_gym.ReasoningGym("gsm_symbolic", split="train", size=1)
+  assert task.reward(dataclasses.replace(task[0], entry=None), "</think>5") == 0.0
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -1.0, 1.5])
+def test_scores_outside_the_unit_interval_are_not_passed_on(score, monkeypatch):
+  task = reasoning_gym.ReasoningGym("gsm_symbolic", split="train", size=1, partial_credit=True)
+  example = task[0]
+  monkeypatch.setattr(task._library, "score_answer", lambda answer, entry: score)
+  assert task.reward(example, "</think>5") == 0.0
+
+
+@pytest.mark.parametrize(
+  "dataset, why",
+  [
+    ("binary_matrix", "evaluates the answer as Python"),
+    ("countdown", "sympy"),
+    ("coin_flip", "never returns"),
+    ("game_of_life_halting", "any answer"),
+    ("word_ladder", "PYTHONHASHSEED"),
+    ("rush_hour", "has not been read"),
+  ],
+)
+def test_unsafe_data_sets_are_refused_by_name(dataset, why):
+  with pytest.raises(ValueError, match=f"'{dataset}' of reasoning_gym is refused.*{why}"):
+    tasks.make_task(f"reasoning_gym/{dataset}", split="train")
+
+
+def test_unknown_names_are_answered_with_the_nearest_valid_one():
+  with pytest.raises(ValueError, match="did you mean 'gsm_symbolic'"):
+    tasks.make_task("reasoning_gym/gsm_symbolik", split="train")
+  with pytest.raises(ValueError, match="did you mean 'chain'"):
+    tasks.make_task("chian", split="train")
+  with pytest.raises(ValueError, match="did you mean 'reasoning_gym/gsm_symbolic'"):
+    tasks.make_task("gsm_symbolic", split="train")
+  with pytest.raises(ValueError, match="did you mean 'eval'"):
+    tasks.make_task(GSM, split="val")
+  with pytest.raises(ValueError, match="did you mean 'numeric'"):
+    tasks.make_task(GSM, split="train", scorer="number")
+  with pytest.raises(ValueError, match="did you mean 'max_terms'"):
+    tasks.make_task("reasoning_gym/chain_sum", split="train", options={"max_term": 3})
+
+
+def test_options_reach_the_library():
+  task = tasks.make_task("reasoning_gym/chain_sum", split="eval", options={"min_terms": 2, "max_terms": 2})
+  assert task[0].question.count("+") + task[0].question.count("-") == 1
+  assert task[0].steps == ()
+  with pytest.raises(ValueError, match="reasoning_gym refuses"):
+    tasks.make_task("reasoning_gym/chain_sum", split="eval", options={"min_terms": 3, "max_terms": 2})
+
+
+def test_empty_task_is_refused(monkeypatch):
+  with pytest.raises(ValueError, match="a task that yields no prompt"):
+    tasks.make_task(GSM, split="train", size=0)
+  monkeypatch.setattr(reasoning_gym, "split_of", lambda question: "train")
+  with pytest.raises(ValueError, match="a task that yields no prompt for split 'eval'"):
+    tasks.make_task(GSM, split="eval")
+
+
+def test_tokenizer_loads_offline_in_both_ways(tokenizer):
+  automatic = transformers.AutoTokenizer.from_pretrained(
+    str(reasoning_gym.TOKENIZER_DIR), local_files_only=True
+  )
+  assert automatic.get_vocab() == tokenizer.get_vocab()
+  assert len(tokenizer) == 1024
+  assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<eos>", "<think>", "</think>"]
+  assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_missing_tokenizer_file_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"'tokenizer\.json' is missing"):
+    tasks.load_tokenizer(tmp_path)
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(FileNotFoundError, match=r"'tokenizer_config\.json' is missing"):
+    tasks.load_tokenizer(str(tmp_path))
+
+
+def test_layout_of_a_trace(train, tokenizer):
+  example = train[0]
+  assert tasks.exit_ids(tokenizer) == [3]
+  assert tasks.prompt_ids(tokenizer, example)[-1] == 2
+  assert tasks.decode(tokenizer, tasks.prompt_ids(tokenizer, example)) == example.question + "<think>"
+  steps = tasks.solution_ids(tokenizer, example)
+  assert tuple(tasks.decode(tokenizer, ids) for ids in steps) == example.steps
+  assert tasks.answer_ids(tokenizer, example)[-1] == 1
+  trace = sum(steps, []) + tasks.exit_ids(tokenizer) + tasks.answer_ids(tokenizer, example)
+  assert train.reward(example, tasks.decode(tokenizer, trace[:-1])) == 1.0
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "a\n\nb\n",
+    "  lead",
+    "x \n \t\r\n y ",
+    "\u65e5\u672c \U0001f642 e\u0301 \u0663\u00bd",
+    "\0",
+    SPECIAL_TEXT,
+  ],
+)
+def test_every_text_round_trips(tokenizer, text):
+  assert_round_trip(tokenizer, text)
+
+
+@given(st.text())
+def test_any_text_round_trips(tokenizer, text):
+  assert_round_trip(tokenizer, text)
+
+
+def assert_round_trip(tokenizer, text):
+  example = tasks.Example(question=text, steps=(text,), answer=text)
+  ids = tasks.prompt_ids(tokenizer, example)[:-1]
+  assert tasks.decode(tokenizer, ids) == text
+  assert tasks.solution_ids(tokenizer, example) == [ids]
+  assert tasks.answer_ids(tokenizer, example)[:-1] == ids
+  assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_special_tokens_in_a_question_stay_text(tokenizer):
+  ids = tokenizer.encode(SPECIAL_TEXT)
+  assert {0, 1, 2, 3} < set(ids)  # What a plain `encode` would let a question do.
+  example = tasks.Example(question=SPECIAL_TEXT, steps=(), answer="")
+  assert tasks.prompt_ids(tokenizer, example).count(2) == 1
+  assert not {0, 1, 3} & set(tasks.prompt_ids(tokenizer, example))
+
+
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+  vocabulary = {character: i for i, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+  backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+def test_markers_that_a_tokenizer_does_not_call_special_stay_text_too():
+  ordinary = byte_tokenizer()
+  ordinary.add_tokens(
+    [transformers.AddedToken(m, special=False) for m in (tasks.THINK_OPEN, tasks.THINK_CLOSE)]
+  )
+  marker = ordinary.convert_tokens_to_ids(tasks.THINK_CLOSE)
+  assert marker in ordinary.encode(SPECIAL_TEXT, split_special_tokens=True)
+  example = tasks.Example(question=SPECIAL_TEXT, steps=(SPECIAL_TEXT,), answer=SPECIAL_TEXT)
+  assert tasks.exit_ids(ordinary) == [marker]
+  assert marker not in tasks.prompt_ids(ordinary, example) + tasks.answer_ids(ordinary, example)
+  assert tasks.decode(ordinary, tasks.solution_ids(ordinary, example)[0]) == SPECIAL_TEXT
+
+
+def test_markers_that_a_vocabulary_lacks_are_spelled_out():
+  spelled = byte_tokenizer()
+  assert tasks.decode(spelled, tasks.exit_ids(spelled)) == "</think>"
+
+
+def test_token_texts_cover_the_vocabulary(tokenizer):
+  texts = tasks.token_texts(tokenizer)
+  assert len(texts) == len(tokenizer)
+  assert texts[:4] == ["<pad>", "<eos>", "<think>", "</think>"]
+  assert [text for text in texts if "\n" in text] == ["\n"]
+  assert not [text for text in texts if len(text) > 1 and any(c.isdigit() for c in text)]
+  assert texts[tokenizer.encode("é")[0]] == "\ufffd"  # Half a character.
+  assert " the" in texts
+
+
+def test_decode_leaves_out_what_is_no_token(tokenizer):
+  assert tasks.decode(tokenizer, [3, -1, 1024, 2**70, 3]) == "</think></think>"
+  assert tasks.decode(tokenizer, tokenizer.encode("é")[:1]) == "\ufffd"
