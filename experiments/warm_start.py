@@ -7,26 +7,26 @@ solutions. Ends by printing the sampled accuracy on held-out prompts, as one
 JSON object on the last line.
 """
 
+import dataclasses
 import functools
 import json
 
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from rredcot_jax import config as config_lib
-from rredcot_jax import tasks, train_step, types
-from rredcot_jax.evaluation import evaluate
-from rredcot_jax.model import decoder, huggingface
+from rredcot_jax import checkpoint, evaluation, sharding, tasks, train_step, types
+from rredcot_jax.model import decoder
 from rredcot_jax.tasks import batching, chain
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 OUTPUT = flags.DEFINE_string("output", None, "The safetensors file to write.")
 
 
-def corpus_batch(task: tasks.Task, config, step: int) -> types.TrainBatch:
+def corpus_batch(task: tasks.Task, config: ConfigDict, step: int) -> types.TrainBatch:
   """The `step`-th batch of supervised traces, a function of the seed and the step."""
   start = config.warm_start
   rng = np.random.default_rng([config.seed, step])
@@ -35,10 +35,10 @@ def corpus_batch(task: tasks.Task, config, step: int) -> types.TrainBatch:
   for example in examples:
     if isinstance(task, chain.Chain):
       text = chain.teacher_trace(example, rng, wrong_share=start.wrong_share, early_share=start.early_share)
-      traces.append(tasks.trace_ids(task.tokenizer, text))
-    else:
-      steps = sum(tasks.solution_ids(task.tokenizer, example), [])
-      traces.append([*steps, *tasks.exit_ids(task.tokenizer), *tasks.answer_ids(task.tokenizer, example)])
+      thought, _, answer = text.partition(tasks.THINK_CLOSE)
+      example = dataclasses.replace(example, steps=(thought,), answer=answer)
+    steps = [token for step in tasks.solution_ids(task.tokenizer, example) for token in step]
+    traces.append([*steps, *tasks.exit_ids(task.tokenizer), *tasks.answer_ids(task.tokenizer, example)])
   prompt_tokens, prompt_mask = batching.prompt_arrays(task, examples, config.rollout.max_prompt_tokens)
   tokens, mask = batching.pad(
     traces, config.rollout.max_tokens, side="right", pad_id=task.tokenizer.pad_token_id, what="trace"
@@ -75,8 +75,14 @@ def main(_) -> None:
       progress.set_postfix(loss=f"{float(metrics['loss']):.3f}")
 
   # ---- Write and check ---------------------------------------------------------------------
-  huggingface.save_params(state.params, OUTPUT.value)
-  result = evaluate(state.params, model, held_out, config, jax.random.key(config.seed))
+  checkpoint.save_params(state.params, OUTPUT.value)
+  rollout = config.rollout
+  result = evaluation.evaluate(
+    state.params, model, held_out, sharding.make_mesh(), jax.random.key(config.seed),
+    num_prompts=config.evaluation.num_prompts, samples=config.evaluation.samples,
+    rows=rollout.prompts_per_step * rollout.group_size, max_prompt_tokens=rollout.max_prompt_tokens,
+    max_tokens=rollout.max_tokens, temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p,
+  )  # fmt: skip
   print(json.dumps({"output": OUTPUT.value, "loss": float(metrics["loss"]), **result}))
 
 

@@ -5,10 +5,14 @@ returns the result from `get_config(arg)`. Modules receive plain values; only
 the experiments read a ConfigDict.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from ml_collections import ConfigDict
 
-from rredcot_jax import advantages, completions, losses, redistribution, segmentation, types, values
+from rredcot_jax import advantages, completions, losses, redistribution, segmentation, values
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.types import check_option
 
 
 def default_config() -> ConfigDict:
@@ -19,8 +23,7 @@ def default_config() -> ConfigDict:
 
   config.task = ConfigDict()
   config.task.name = "chain"  # "chain" or "reasoning_gym/<data set>".
-  config.task.options = ConfigDict()  # Passed to the task's class; its keys are free.
-  config.task.options.unlock()
+  config.task.options = ConfigDict()  # Passed to the task's class; a config file may add keys.
 
   config.model = ConfigDict()  # Sizes; the vocabulary's comes from the tokenizer.
   config.model.width = 128
@@ -33,7 +36,7 @@ def default_config() -> ConfigDict:
   config.model.qkv_bias = False
   config.model.qk_norm = False
   config.model.tied_embeddings = True
-  config.initial_params = ""  # A safetensors file to start from; "" starts at random.
+  config.initial_params = ""  # A safetensors file, by path or by name under rredcot_jax/assets; "" starts at random.
 
   config.rollout = ConfigDict()
   config.rollout.prompts_per_step = 16
@@ -54,6 +57,7 @@ def default_config() -> ConfigDict:
   config.credit = ConfigDict()
   config.credit.mode = "uniform"  # advantages.MODES; uniform is GRPO and scores nothing.
   config.credit.bank = "answer"  # completions.BANKS
+  config.credit.max_completion_tokens = 56  # Room for a completion; longer ones are left out, and counted.
   config.credit.bank_size = 4  # Most completions a state, for the rollouts bank.
   config.credit.force_exit = False  # Score completions as if the thought had been left already.
   config.credit.fallback = "uniform"  # Where the rollouts bank is empty: "uniform", or a reference bank's name.
@@ -73,11 +77,11 @@ def default_config() -> ConfigDict:
   config.loss.clip_low = 0.2
   config.loss.clip_high = 0.2
   config.loss.dual_clip = 0.0  # 0 is off; else > 1.
-  config.loss.kl = "off"  # losses.KL
+  config.loss.kl = "off"  # losses.KL_ESTIMATORS
   config.loss.kl_coefficient = 0.0  # Against the starting policy.
   config.loss.mask_truncated = False
   config.loss.filter_zero_variance = False
-  config.loss.updates_per_rollout = 1  # Minibatch passes; the ratio leaves 1 from the second on.
+  config.loss.updates_per_rollout = 1  # Passes over a batch; the ratio leaves 1 from the second on.
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 1e-4
@@ -101,6 +105,80 @@ def default_config() -> ConfigDict:
   config.warm_start.wrong_share = 0.08  # Steps of the teacher that are wrong, for chain.
   config.warm_start.early_share = 0.15  # Traces that leave the thought early, for chain.
 
-  config.num_traces = 8  # Traces a step kept for the report, at evaluation steps.
-  config.skip_nan = False  # Go on after a step whose loss is not finite, instead of stopping.
-  return config.lock()
+  config.mesh = ConfigDict()  # Sizes of the device mesh's axes.
+  config.mesh.data = -1  # -1 takes the devices that are left.
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+
+  config.num_traces = 8  # Traces kept for the report, at every evaluation.
+  config.lock()
+  config.task.options.unlock()
+  return config
+
+
+def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
+  """The decoder's sizes with the tokenizer's vocabulary."""
+  return ModelConfig(vocab_size=vocab_size, **config.model)
+
+
+def options_of(arg: str, allowed: Mapping[str, Sequence[str]]) -> dict[str, str]:
+  """Reads `name=value,name=value` of a `get_config(arg)`; the first option may stand without its name.
+
+  Args:
+    arg: what follows the colon in `--config configs/demo.py:arg`.
+    allowed: each option's values; the first is its default.
+
+  Raises:
+    ValueError: on an unknown option or value, naming the nearest valid one.
+  """
+  chosen = {name: values[0] for name, values in allowed.items()}
+  for i, part in enumerate(piece for piece in arg.split(",") if piece):
+    name, equals, value = part.partition("=")
+    if not equals and i == 0:
+      name, value = next(iter(allowed)), part
+    check_option("config option", name, tuple(allowed))
+    check_option(name, value, tuple(allowed[name]))
+    chosen[name] = value
+  return chosen
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks what can be checked before anything is made.
+
+  Raises:
+    ValueError: naming the key, its value and the fix.
+  """
+  choices: tuple[tuple[str, str, Sequence[str]], ...] = (
+    ("segmentation.method", config.segmentation.method, segmentation.METHODS),
+    ("credit.mode", config.credit.mode, advantages.MODES),
+    ("credit.bank", config.credit.bank, completions.BANKS),
+    ("credit.fallback", config.credit.fallback, completions.FALLBACKS),
+    ("credit.form", config.credit.form, values.FORMS),
+    ("credit.initial_value", config.credit.initial_value, redistribution.INITIAL_VALUES),
+    ("advantages.baseline", config.advantages.baseline, advantages.BASELINES),
+    ("advantages.scale", config.advantages.scale, advantages.SCALES),
+    ("loss.name", config.loss.name, losses.LOSSES),
+    ("loss.kl", config.loss.kl, losses.KL_ESTIMATORS),
+  )
+  for name, value, options in choices:
+    check_option(name, value, options)
+  _at_least(config, 2, "rollout.group_size", "a group of 1 has no group advantage")
+  for name in (
+    "num_steps", "rollout.prompts_per_step", "rollout.max_tokens", "rollout.max_prompt_tokens",
+    "segmentation.k_max", "credit.bank_size", "credit.max_completion_tokens", "loss.updates_per_rollout",
+    "evaluation.every", "evaluation.samples", "evaluation.num_prompts", "checkpoint.every",
+  ):  # fmt: skip
+    _at_least(config, 1, name, "it counts something")
+  if config.credit.form == "self_normalised" and config.credit.bank != "rollouts":
+    raise ValueError(
+      f"credit.form='self_normalised' with credit.bank={config.credit.bank!r} gives every state the same value: "
+      "it needs completions of zero utility, which only the 'rollouts' bank has."
+    )
+
+
+def _at_least(config: ConfigDict, least: int, name: str, why: str) -> None:
+  value: Any = config
+  for key in name.split("."):
+    value = value[key]
+  if value < least:
+    raise ValueError(f"{name}={value} must be at least {least}: {why}.")

@@ -1,6 +1,7 @@
 """Rollouts judged: the verifier over a batch, and pass@k on held-out prompts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from rredcot_jax import metrics, sampling, sharding, tasks, types
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.tasks import batching
+from rredcot_jax.tasks import batching, chain
 
 
 def trace_texts(task: tasks.Task, rollout: types.Rollout) -> list[str]:
@@ -74,4 +75,37 @@ def evaluate(
   return result | {
     "eval/length": float(np.concatenate(lengths).mean()),
     "eval/truncated": float(np.concatenate(truncated).mean()),
+  }
+
+
+def trace_record(
+  step: int,
+  task: tasks.Task,
+  example: tasks.Example,
+  rollout: types.Rollout,
+  segments: types.Segments,
+  credit: types.Credit,
+  return_: float,
+) -> dict[str, Any]:
+  """One trace with its credit as plain JSON values, as the report reads it; fields of one row, on the host."""
+  length, num_segments = int(rollout.mask.sum()), int(segments.num_segments)
+  texts = [tasks.decode(task.tokenizer, [token]) for token in rollout.tokens[:length].tolist()]
+  wrong = None
+  if isinstance(task, chain.Chain):
+    line = chain.first_wrong_step(example, "".join(texts))
+    if line is not None:
+      # The line's first token; a line ends with its newline token.
+      ends = [t + 1 for t, text in enumerate(texts) if text == "\n"]
+      wrong = int(segments.segment_ids[ends[line - 1] if line else 0])
+  return {
+    "step": step,
+    "prompt": example.question,
+    "tokens": texts,
+    "segment_ids": segments.segment_ids[:length].tolist(),
+    "values": credit.values[: num_segments + 1].tolist(),
+    "rewards": credit.rewards[:num_segments].tolist(),
+    "advantages": credit.advantages[:length].tolist(),
+    "return": float(return_),
+    "answer": example.answer,
+    "first_wrong_segment": wrong,
   }

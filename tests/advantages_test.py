@@ -1,5 +1,7 @@
 """Goldens by hand, and the identities that tie every mode to GRPO."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,7 @@ def test_group_advantages_goldens():
   returns = jnp.array([1.0, 0.0, 0.0, 1.0, 0.5])  # mean .5, population variance 1/5
   std = np.sqrt(0.2)
   centred = np.array([0.5, -0.5, -0.5, 0.5, 0.0])
-  close = lambda got, expected: np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
   close(advantages.group_advantages(returns), centred / (std + 1e-6))
   close(advantages.group_advantages(returns, epsilon=0.1), centred / (std + 0.1))
   close(advantages.group_advantages(returns, scale="none"), centred)
@@ -186,7 +188,7 @@ def test_difference_is_never_mean_shifted(rows):
   lengths, rewards = zip(*rows)
   got = TOKEN_ADVANTAGES(reward_k(rewards), 1.0, cut(lengths), mode="difference", floor=0.5)
   np.testing.assert_array_equal(
-    np.sign(got[: sum(lengths)]), np.sign(np.repeat(np.float32(rewards), lengths))
+    np.sign(got[: sum(lengths)]), np.sign(np.repeat(np.array(rewards, np.float32), lengths))
   )
 
 

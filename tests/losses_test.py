@@ -12,6 +12,8 @@ from rredcot_jax import advantages, losses, types
 
 OPTIONS = ("loss", "clip_low", "clip_high", "dual_clip", "kl", "kl_coefficient", "max_length")
 NAN = np.nan
+ROWS, TOKENS = 8, 6
+SHARED = dict(kl="k3", kl_coefficient=0.1)  # With [ROWS, TOKENS], one compilation a loss for many tests.
 every_loss = pytest.mark.parametrize("loss", losses.LOSSES)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
 
@@ -49,16 +51,27 @@ def golden_batch():
   return jnp.array(log_probs), batch
 
 
-def random_batch(rows=8, tokens=6, seed=0):
+def widen(x):
+  """Zeros up to [ROWS, TOKENS]."""
+  x = np.array(x)
+  return np.pad(x, ((0, ROWS - x.shape[0]), (0, TOKENS - x.shape[1])))
+
+
+def random_batch(seed=0):
   """Random everything, with a row of no loss tokens, a hole in one row and garbage under the mask."""
   rng = np.random.default_rng(seed)
-  lengths = rng.integers(1, tokens + 1, rows)
+  lengths = rng.integers(1, TOKENS + 1, ROWS)
   lengths[1] = 0
-  mask = np.arange(tokens)[None] < lengths[:, None]
-  mask[0] = [True, False, *[True] * (tokens - 2)]
-  draw = lambda scale: rng.normal(scale=scale, size=(rows, tokens))
+  mask = np.arange(TOKENS)[None] < lengths[:, None]
+  mask[0] = [True, False, *[True] * (TOKENS - 2)]
+
+  def draw(scale):
+    return rng.normal(scale=scale, size=(ROWS, TOKENS))
+
+  def fill(x):
+    return np.where(mask, x, rng.choice([NAN, np.inf, -np.inf], (ROWS, TOKENS)))
+
   old = -1.0 - np.abs(draw(1.0))
-  fill = lambda x: np.where(mask, x, rng.choice([NAN, np.inf, -np.inf], (rows, tokens)))
   batch = make_batch(fill(old), fill(draw(1.0)), mask, fill(old + draw(0.3)))
   return jnp.array(fill(old + draw(0.3)), jnp.float32), batch
 
@@ -89,7 +102,7 @@ def test_golden_dr_grpo():
 def test_golden_cispo():
   # clip(rho) A log pi: -1.3, -1.6, 3 and 1.3, 1.6. The gradient is the clipped weight, on every token.
   loss, _, gradient = loss_metrics_gradient(*golden_batch(), loss="cispo", clip_high=0.3)
-  close(loss, -4.0 / 5)
+  close(loss, -3.0 / 5)
   close(gradient, -np.array([[1.3, 0.8, -1.0], [-1.3, -0.8, 0], [0, 0, 0]]) / 5)
 
 
@@ -141,20 +154,21 @@ def test_dual_clip_bounds_what_a_wrong_trace_can_cost():
 def test_a_clipped_token_has_no_gradient_outwards_and_a_full_one_inwards(loss):
   """One token a row: ratio out of bounds above or below, with A pushing it on or pulling it back."""
   ratios = np.array([[2.0], [2.0], [0.5], [0.5]])
-  batch = make_batch(-np.log(ratios), [[1.0], [-1.0], [1.0], [-1.0]], np.ones((4, 1)))
-  _, _, gradient = loss_metrics_gradient(jnp.zeros((4, 1)), batch, loss=loss)
-  normaliser = 40 if loss == "dr_grpo" else 4
-  close(gradient[:, 0], np.array([0.0, 2.0, -0.5, 0.0]) / normaliser)
+  zeros = jnp.zeros((ROWS, TOKENS))
+  a, mask = [[1.0], [-1.0], [1.0], [-1.0]], np.ones((4, 1))
+  batch = make_batch(widen(-np.log(ratios)), widen(a), widen(mask), reference=zeros)
+  _, _, gradient = loss_metrics_gradient(zeros, batch, loss=loss, **SHARED)
+  normaliser = ROWS * 10 if loss == "dr_grpo" else 4
+  close(gradient, widen([[0.0], [2.0], [-0.5], [0.0]]) / normaliser)
 
 
-@every_loss
-@pytest.mark.parametrize("clip", [0.2, 0.0])
+@pytest.mark.parametrize("loss, clip", [*((loss, 0.3) for loss in losses.LOSSES), ("grpo", 0.0)])
 def test_the_on_policy_gradient_is_minus_a_over_the_normaliser(loss, clip):
   log_probs = jnp.array([[-1.0, -2.0, -0.5], [-1.0, -3.0, 0.0], [0.0, 0.0, 0.0]])
   a = np.array([[0.5, -2.0, 0.25], [1.0, 3.0, 9.0], [9.0, 9.0, 9.0]])
   mask = np.array([[1, 1, 1], [1, 1, 0], [0, 0, 0]])
   _, metrics, gradient = loss_metrics_gradient(
-    log_probs, make_batch(log_probs, a, mask), loss=loss, clip_low=clip, clip_high=clip
+    log_probs, make_batch(log_probs, a, mask), loss=loss, clip_low=min(clip, 0.2), clip_high=clip
   )
   by_sequence = np.array([[3 * 2], [2 * 2], [1]])
   normaliser = {"grpo": by_sequence, "gspo": by_sequence, "dapo": 5, "cispo": 5, "dr_grpo": 30}[loss]
@@ -183,18 +197,22 @@ def test_gspo_token_has_the_gradient_of_gspo_where_the_advantage_is_constant():
 
 
 @pytest.mark.parametrize(
-  "kl, value, slope",
-  [("k1", 0.5, 1.0), ("k2", 0.125, 0.5), ("k3", np.exp(-0.5) + 0.5 - 1, 1 - np.exp(-0.5))],
+  "kl, value, slope, slope_at_0",
+  [("k1", 0.5, 1.0, 1.0), ("k2", 0.125, 0.5, 0.0), ("k3", np.exp(-0.5) + 0.5 - 1, 1 - np.exp(-0.5), 0.0)],
 )
-def test_golden_kl(kl, value, slope):
+def test_golden_kl(kl, value, slope, slope_at_0):
   """log pi - log pi_ref = 0.5 on the first row's two tokens, 0 on the second row's one."""
   log_probs = jnp.array([[-1.0, -1.0], [-2.0, 0.0]])
   zeros = np.zeros((2, 2))
   batch = make_batch(log_probs, zeros, [[1, 1], [1, 0]], [[-1.5, -1.5], [-2.0, NAN]])
-  for loss, share, normaliser in [("grpo", 1 / 2, 4), ("dapo", 2 / 3, 3), ("dr_grpo", 2 / 20, 20)]:
+  for loss, share, weight_0, weight_1 in [
+    ("grpo", 1 / 2, 1 / 4, 1 / 2),
+    ("dapo", 2 / 3, 1 / 3, 1 / 3),
+    ("dr_grpo", 2 / 20, 1 / 20, 1 / 20),
+  ]:
     got, metrics, gradient = loss_metrics_gradient(log_probs, batch, loss=loss, kl=kl, kl_coefficient=0.1)
     close(got, 0.1 * value * share)
-    close(gradient, [[0.1 * slope / normaliser, 0.1 * slope / normaliser], [0, 0]])
+    close(gradient, 0.1 * np.array([[slope * weight_0, slope * weight_0], [slope_at_0 * weight_1, 0]]))
     close(metrics["kl"], (np.exp(-0.5) + 0.5 - 1) * 2 / 3)  # k3, whichever is in the loss.
 
 
@@ -217,20 +235,23 @@ def test_expected_kl_gradients_by_enumeration():
   close(expected("k3"), forward, atol=1e-6)
 
 
-@every_loss
-@pytest.mark.parametrize("kl", losses.KL_ESTIMATORS)
+@pytest.mark.parametrize(
+  "loss, kl", [*((loss, "k3") for loss in losses.LOSSES), *(("grpo", kl) for kl in ("off", "k1", "k2"))]
+)
 def test_masked_garbage_reaches_neither_loss_nor_gradient_nor_metrics(loss, kl):
   log_probs, batch = random_batch()
-  clean = lambda x: jnp.where(batch.loss_mask, x, 0)
+
+  def clean(x):
+    return jnp.where(batch.loss_mask, x, 0)
+
   cleaned = batch.replace(
     old_log_probs=clean(batch.old_log_probs),
     reference_log_probs=clean(batch.reference_log_probs),
     advantages=clean(batch.advantages),
   )
   got = loss_metrics_gradient(log_probs, batch, loss=loss, kl=kl, kl_coefficient=0.1)
-  jax.tree.map(np.testing.assert_array_equal, got, loss_metrics_gradient(
-    clean(log_probs), cleaned, loss=loss, kl=kl, kl_coefficient=0.1
-  ))  # fmt: skip
+  expected = loss_metrics_gradient(clean(log_probs), cleaned, loss=loss, kl=kl, kl_coefficient=0.1)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
   np.testing.assert_array_equal(got[2][~batch.loss_mask], 0)
   assert np.abs(got[2]).max() > 0
@@ -239,11 +260,9 @@ def test_masked_garbage_reaches_neither_loss_nor_gradient_nor_metrics(loss, kl):
 @every_loss
 def test_padding_columns_change_nothing(loss):
   log_probs, batch = random_batch()
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, 3)))
-  loss_, metrics, gradient = loss_metrics_gradient(log_probs, batch, loss=loss, kl="k3", kl_coefficient=0.1)
-  padded = loss_metrics_gradient(
-    pad(log_probs), jax.tree.map(pad, batch), loss=loss, kl="k3", kl_coefficient=0.1
-  )
+  pad = functools.partial(np.pad, pad_width=((0, 0), (0, 3)))
+  loss_, metrics, gradient = loss_metrics_gradient(log_probs, batch, loss=loss, **SHARED)
+  padded = loss_metrics_gradient(pad(log_probs), jax.tree.map(pad, batch), loss=loss, **SHARED)
   close(padded[0], loss_)
   close(padded[2], pad(gradient))
   jax.tree.map(close, padded[1], metrics)
@@ -253,15 +272,15 @@ def test_padding_columns_change_nothing(loss):
 def test_neighbouring_rows_are_independent(loss):
   """Another row's values reach no other row's gradient; its mask only through the normaliser."""
   log_probs, batch = random_batch()
-  _, _, gradient = loss_metrics_gradient(log_probs, batch, loss=loss)
+  _, _, gradient = loss_metrics_gradient(log_probs, batch, loss=loss, **SHARED)
   changed = batch.replace(advantages=batch.advantages.at[2].mul(-3.0))
-  _, _, other = loss_metrics_gradient(log_probs.at[2].add(0.5), changed, loss=loss)
+  _, _, other = loss_metrics_gradient(log_probs.at[2].add(0.5), changed, loss=loss, **SHARED)
   rest = np.arange(8) != 2
   np.testing.assert_array_equal(other[rest], gradient[rest])
   assert np.abs(other[2] - gradient[2]).max() > 0
 
   dropped = batch.replace(loss_mask=batch.loss_mask.at[2].set(False))
-  _, _, other = loss_metrics_gradient(log_probs, dropped, loss=loss)
+  _, _, other = loss_metrics_gradient(log_probs, dropped, loss=loss, **SHARED)
   tokens = batch.loss_mask.sum() / dropped.loss_mask.sum()
   rescaled = {"grpo": 7 / 6, "gspo": 7 / 6, "dapo": tokens, "cispo": tokens, "dr_grpo": 1.0}[loss]
   close(other[rest], gradient[rest] * rescaled)
@@ -269,11 +288,10 @@ def test_neighbouring_rows_are_independent(loss):
 
 
 @every_loss
-@pytest.mark.parametrize("kl", ["off", "k3"])
-def test_a_batch_without_loss_tokens_is_zero(loss, kl):
+def test_a_batch_without_loss_tokens_is_zero(loss):
   log_probs, batch = random_batch()
   batch = batch.replace(loss_mask=jnp.zeros_like(batch.loss_mask))
-  result = loss_metrics_gradient(log_probs, batch, loss=loss, kl=kl, kl_coefficient=0.1)
+  result = loss_metrics_gradient(log_probs, batch, loss=loss, **SHARED)
   for leaf in jax.tree.leaves(result):
     np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
 
@@ -281,21 +299,21 @@ def test_a_batch_without_loss_tokens_is_zero(loss, kl):
 @every_loss
 @pytest.mark.parametrize("drift", [-200.0, 200.0])
 def test_a_runaway_ratio_stays_finite(loss, drift):
-  log_probs = jnp.full((2, 2), -250.0)
-  batch = make_batch(log_probs - drift, [[1.0, -1.0], [1.0, -1.0]], np.ones((2, 2)), log_probs + drift)
-  result = loss_metrics_gradient(log_probs, batch, loss=loss, kl="k3", kl_coefficient=0.1)
+  log_probs, ones = jnp.full((ROWS, TOKENS), -250.0), np.ones((ROWS, TOKENS))
+  batch = make_batch(log_probs - drift, ones * (-1.0) ** np.arange(TOKENS)[None], ones, log_probs + drift)
+  result = loss_metrics_gradient(log_probs, batch, loss=loss, **SHARED)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
 
 
 def test_the_gradient_flows_to_the_new_log_probs_alone():
   log_probs, batch = golden_batch()
-  floats = lambda b: (b.old_log_probs, b.reference_log_probs, b.advantages)
 
   def loss_of(old, reference, a):
     changed = batch.replace(old_log_probs=old, reference_log_probs=reference, advantages=a)
     return losses.policy_loss(log_probs, changed, loss="grpo", kl="k2", kl_coefficient=0.5)[0]
 
-  for gradient in jax.jit(jax.grad(loss_of, argnums=(0, 1, 2)))(*floats(batch)):
+  floats = batch.old_log_probs, batch.reference_log_probs, batch.advantages
+  for gradient in jax.jit(jax.grad(loss_of, argnums=(0, 1, 2)))(*floats):
     np.testing.assert_array_equal(gradient, np.zeros((3, 3)))
 
 
@@ -309,34 +327,31 @@ def test_half_precision_log_probs_give_a_float32_loss():
 @every_loss
 @pytest.mark.parametrize("mode", advantages.SIGMA_MODES)
 def test_one_segment_and_constant_credit_have_the_loss_of_grpo_advantages(loss, mode):
-  log_probs, batch = random_batch(rows=2, tokens=6, seed=3)
-  mask = jnp.array([[True] * 6, [True] * 4 + [False] * 2])
-  outcomes = advantages.group_advantages(jnp.array([1.0, 0.0]))
-  finite = lambda x: jnp.nan_to_num(x, nan=-1.0, posinf=-1.0, neginf=-1.0)
-  batch = batch.replace(
-    loss_mask=mask, old_log_probs=finite(batch.old_log_probs), advantages=mask * outcomes[:, None]
-  )
-  grpo = loss_metrics_gradient(finite(log_probs), batch, loss=loss)
-
-  one = types.Segments(
-    ends=jnp.array([[6, 6], [4, 4]]),
-    segment_ids=jnp.where(mask, 0, -1),
-    num_segments=jnp.array([1, 1]),
-    num_merged=jnp.array([0, 0]),
-  )
-  two = one.replace(
-    ends=jnp.array([[3, 6], [2, 4]]),
-    segment_ids=jnp.where(mask, jnp.array([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]), -1),
-    num_segments=jnp.array([2, 2]),
-  )
-  for segments, rewards in [
-    (one, jnp.array([[0.7, NAN], [-0.3, NAN]])),
-    (two, jnp.array([[0.35, 0.35], [-0.1, -0.1]])),
-  ]:
-    credit = jax.vmap(functools.partial(advantages.token_advantages, mode=mode))(rewards, outcomes, segments)
-    credited = loss_metrics_gradient(finite(log_probs), batch.replace(advantages=credit), loss=loss)
-    jax.tree.map(close, credited, grpo)
+  rng = np.random.default_rng(3)
+  old = rng.uniform(-3, -1, (ROWS, TOKENS))
+  log_probs = jnp.array(old + rng.normal(scale=0.2, size=old.shape), jnp.float32)
+  lengths = jnp.array([6, 4, 6, 4, 6, 4, 2, 0])
+  mask = jnp.arange(TOKENS)[None] < lengths[:, None]
+  outcomes = advantages.group_advantages(jnp.array([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0]))
+  batch = make_batch(old, mask * outcomes[:, None], mask)
+  grpo = loss_metrics_gradient(log_probs, batch, loss=loss, **SHARED)
   assert np.abs(grpo[2]).max() > 0
+
+  # One segment, and two of unequal lengths with one reward of the outcome's sign.
+  for num_segments, cut in [(1, 6), (2, 1)]:
+    first = jnp.minimum(lengths, cut)
+    segments = types.Segments(
+      ends=jnp.stack([first, lengths], axis=-1),
+      segment_ids=jnp.where(mask, (jnp.arange(TOKENS)[None] >= cut).astype(jnp.int32), -1),
+      num_segments=jnp.minimum(lengths, num_segments),
+      num_merged=jnp.zeros(ROWS, jnp.int32),
+    )
+    rewards = jnp.stack([outcomes * 0.35, outcomes * 0.35 if num_segments == 2 else outcomes * NAN], axis=-1)
+    credit = jax.jit(jax.vmap(functools.partial(advantages.token_advantages, mode=mode)))(
+      rewards, outcomes, segments
+    )
+    credited = loss_metrics_gradient(log_probs, batch.replace(advantages=credit), loss=loss, **SHARED)
+    jax.tree.map(close, credited, grpo)
 
 
 def test_loss_mask():
@@ -358,23 +373,24 @@ def test_loss_mask():
 @every_loss
 def test_jit_and_vmap_equal_eager(loss):
   log_probs, batch = random_batch()
-  options = dict(loss=loss, max_length=10, kl="k3", kl_coefficient=0.1)
-  eager = losses.policy_loss(log_probs, batch, **options)
-  jitted = loss_metrics_gradient(log_probs, batch, loss=loss, kl="k3", kl_coefficient=0.1)
+  policy_loss = functools.partial(losses.policy_loss, loss=loss, max_length=10, **SHARED)
+  eager = policy_loss(log_probs, batch)
+  jitted = loss_metrics_gradient(log_probs, batch, loss=loss, **SHARED)
   jax.tree.map(close, jitted[:2], eager)
-  stack = lambda x: jnp.stack([x, jnp.flip(x, axis=0)])
-  batched = jax.vmap(functools.partial(losses.policy_loss, **options))(
-    stack(log_probs), jax.tree.map(stack, batch)
-  )
-  for member in range(2):  # A batch means the same in any order of its rows.
-    jax.tree.map(lambda x, y: close(x[member], y), batched, eager)
+  flipped = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), (log_probs, batch))
+  batched = jax.vmap(policy_loss)(*flipped)
+  for member in (
+    jax.tree.map(lambda x: x[0], batched),
+    jax.tree.map(lambda x: x[1], batched),
+  ):  # A batch means the same in any order of its rows.
+    jax.tree.map(close, member, eager)
 
 
 @every_loss
 def test_four_devices_equal_one(loss):
   assert len(jax.devices()) >= 4
   log_probs, batch = random_batch()
-  options = dict(loss=loss, kl="k3", kl_coefficient=0.1)
+  options = dict(loss=loss, **SHARED)
   expected = loss_metrics_gradient(log_probs, batch, **options)
   rows = NamedSharding(Mesh(np.array(jax.devices()[:4]), ("data",)), PartitionSpec("data"))
   got = loss_metrics_gradient(jax.device_put(log_probs, rows), jax.device_put(batch, rows), **options)

@@ -1,5 +1,7 @@
 """Identities of the masked reductions: f(x, mask) == f(x[mask]), and nothing masked gets through."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from rredcot_jax import masked
 
-REDUCTIONS = {
+REDUCTIONS: dict[str, Any] = {
   "sum": (masked.masked_sum, np.sum, 0.0),
   "mean": (masked.masked_mean, np.mean, 0.0),
   "std": (masked.masked_std, np.std, 0.0),
@@ -50,7 +52,7 @@ def test_masked_garbage_reaches_neither_value_nor_gradient(name, garbage):
   value, gradient = jax.value_and_grad(lambda x: reduce(x, mask))(clean.at[2].set(garbage))
   expected, expected_gradient = jax.value_and_grad(lambda x: reduce(x, jnp.ones(2, bool)))(clean[:2])
   np.testing.assert_allclose(value, expected)
-  np.testing.assert_allclose(gradient, [*expected_gradient, 0.0])
+  np.testing.assert_allclose(gradient, np.append(expected_gradient, 0.0))
   assert np.any(gradient != 0)
 
 
