@@ -9,7 +9,6 @@ tensorboard/, traces.jsonl, checkpoints/ and report.html there.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -24,9 +23,21 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from rredcot_jax import checkpoint, completions, credit, evaluation, losses, metrics, report, sampling
+from rredcot_jax import (
+  checkpoint,
+  completions,
+  credit,
+  evaluation,
+  losses,
+  metrics,
+  report,
+  sampling,
+  sharding,
+  tasks,
+  train_step,
+  types,
+)
 from rredcot_jax import config as config_lib
-from rredcot_jax import scoring, segmentation, sharding, tasks, train_step, types
 from rredcot_jax.model import decoder
 from rredcot_jax.tasks import batching
 
@@ -38,9 +49,11 @@ RESUME = flags.DEFINE_bool("resume", True, "Resume the run that the work directo
 def main(_: Any) -> None:
   config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
   config_lib.validate(config)
-  claim_workdir(workdir, config)
+  claim_workdir(workdir, config, " ".join(["python", *sys.argv]), resume=RESUME.value)
   run(config, workdir)
-  report.write_report({workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None)
+  report.write_report(
+    {workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None
+  )
   print(f"report: {workdir / 'report.html'}")
 
 
@@ -51,8 +64,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   held_out = tasks.make_task(config.task.name, split="eval", **config.task.options)
   tokenizer = train_task.tokenizer
   model = config_lib.model_config(config, len(tokenizer))
-  tables = vocab_tables(tokenizer)
-  rule = credit_rule(config)
+  tables = batching.vocab_tables(tokenizer)
+  rule = config_lib.credit_rule(config)
   rows = config.rollout.prompts_per_step * config.rollout.group_size
   policy_key, eval_key = jax.random.split(jax.random.key(config.seed))
 
@@ -61,14 +74,24 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   optimizer = train_step.make_optimizer(decay_steps=None, **config.optimizer)
   abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, policy_key), optimizer))
   placement = sharding.infer(mesh, abstract)
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
-  start_params = jax.device_put(initial_params(config, model, abstract.params, policy_key), placement.params)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement
+  )
+  start_params = jax.device_put(
+    checkpoint.load_params(config.initial_params, abstract.params)
+    if config.initial_params
+    else decoder.init(model, policy_key),
+    placement.params,
+  )
   # The reference is a copy: the state is donated to every update.
   reference = jax.tree.map(lambda x: x.copy(), start_params) if config.loss.kl != "off" else None
   state = jax.jit(lambda p: train_step.init_state(p, optimizer), out_shardings=placement)(start_params)
 
   # ---- Compiled steps ----------------------------------------------------------------------
-  segment, assign, update, reference_log_probs = compiled_steps(config, model, optimizer, placement, mesh, tokenizer)
+  steps = train_step.compile_steps(
+    model, optimizer, placement, mesh, rule=rule, eos_id=tokenizer.eos_token_id,
+    segmentation_options=config_lib.segmentation_options(config), loss_options=config_lib.loss_options(config),
+  )  # fmt: skip
 
   # ---- Resume ------------------------------------------------------------------------------
   prompts = batching.prompt_iterator(train_task, config.rollout.prompts_per_step, config.seed)
@@ -110,7 +133,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
       max_tokens=config.rollout.max_tokens, temperature=config.rollout.temperature, top_k=config.rollout.top_k,
       top_p=config.rollout.top_p, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    segments = segment(rollout, tables)
+    segments = steps.segment(rollout, tables)
     on_host = jax.device_get(rollout)
     returns = evaluation.returns_of(train_task, examples, on_host)
 
@@ -118,19 +141,18 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     credit_began = time.perf_counter()
     bank = None
     if rule.needs_values:
-      references = [reference_of(tokenizer, example) for example in examples]
       bank = completions.make_bank(
-        config.credit.bank, references, on_host, jax.device_get(segments), returns, tables.newlines,
+        config.credit.bank, batching.references(train_task, examples), on_host, jax.device_get(segments), returns, tables.newlines,
         group_size=config.rollout.group_size, bank_size=config.credit.bank_size,
         max_tokens=config.credit.max_completion_tokens, force_exit=config.credit.force_exit,
         fallback=config.credit.fallback, with_failures=config.credit.form == "self_normalised",
       )  # fmt: skip
       placed = sharding.put_batch(mesh, (bank.completions, returns, bank.fallback))
-      credits = assign(state.params, cache, rollout, segments, *placed)
+      credits = steps.assign(state.params, cache, rollout, segments, *placed)
       token_advantages = credits.advantages
     else:
       credits = None
-      token_advantages = assign(on_host.mask, returns)
+      token_advantages = steps.assign(on_host.mask, returns)
     jax.block_until_ready(token_advantages)
     credit_seconds = time.perf_counter() - credit_began
 
@@ -138,10 +160,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     zero_variance = np.asarray(credit.zero_variance(returns, rule))
     batch = train_batch(config, mesh, rollout, token_advantages, zero_variance)
     if reference is not None:
-      batch = batch.replace(reference_log_probs=reference_log_probs(reference, batch))
+      batch = batch.replace(reference_log_probs=steps.reference(reference, batch))
     recent = {step: recent.get(step), step + 1: batch}
     for _ in range(config.loss.updates_per_rollout):
-      state, update_metrics = update(state, batch)
+      state, update_metrics = steps.update(state, batch)
 
     # ---- Metrics, a step late --------------------------------------------------------------
     rollout_tokens += int(on_host.mask.sum())
@@ -157,7 +179,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if last or done % config.evaluation.every == 0:
       show(progress, stop_on_nan(writer.flush(), workdir, recent))
       evaluate_at(done)
-      write_traces(workdir, done, train_task, examples, on_host, segments, credits, returns, config.num_traces)
+      write_traces(
+        workdir, done, train_task, examples, on_host, segments, credits, returns, config.num_traces
+      )
     if last or done % config.checkpoint.every == 0:
       # Metrics first: a checkpoint vouches for every line before it.
       stop_on_nan(writer.flush(), workdir, recent)
@@ -167,12 +191,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   writer.close()
 
 
-def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, resume: bool) -> None:
   """Writes the configuration into a new work directory, or checks that it is that run's.
 
   Raises:
     ValueError: if the directory holds a run of another configuration (the keys
-      that differ are named), or any run when --noresume is given.
+      that differ are named), or any run when `resume` is off.
   """
   path = workdir / "config.json"
   wanted = json.loads(json.dumps(config.to_dict()))
@@ -184,13 +208,16 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
       if held.get(name) != flatten(wanted).get(name)
     ]
     if differing:
-      raise ValueError(f"{workdir} holds a run of another configuration: {', '.join(differing)}. Choose another --workdir.")
-    if not RESUME.value:
-      raise ValueError(f"{workdir} holds a run and --noresume was given: choose another --workdir or remove it.")
+      raise ValueError(
+        f"{workdir} holds a run of another configuration: {', '.join(differing)}. Choose another --workdir."
+      )
+    if not resume:
+      raise ValueError(
+        f"{workdir} holds a run and --noresume was given: choose another --workdir or remove it."
+      )
     return
   workdir.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name("config.json.tmp")
-  command = " ".join(["python", *sys.argv])
   temporary.write_text(json.dumps({"command": command, "config": wanted}, indent=1), encoding="utf-8")
   os.replace(temporary, path)
 
@@ -203,81 +230,9 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def initial_params(config: ConfigDict, model: Any, abstract: Any, key: jax.Array) -> Any:
-  """The configured starting point: a safetensors file, or random parameters."""
-  if not config.initial_params:
-    return decoder.init(model, key)
-  path = pathlib.Path(config.initial_params)
-  packaged = pathlib.Path(checkpoint.__file__).parent / "assets" / config.initial_params
-  return checkpoint.load_params(packaged if packaged.exists() and not path.exists() else path, abstract)
-
-
-def credit_rule(config: ConfigDict) -> credit.CreditRule:
-  return credit.CreditRule(
-    group_size=config.rollout.group_size, temperature=config.rollout.temperature, mode=config.credit.mode,
-    form=config.credit.form, max_weight=config.credit.max_weight, initial_value=config.credit.initial_value,
-    floor=config.credit.floor, scale=config.credit.scale, baseline=config.advantages.baseline,
-    advantage_scale=config.advantages.scale, chunk_size=config.credit.chunk_size or None,
-  )  # fmt: skip
-
-
 def rollout_options(config: ConfigDict) -> dict[str, Any]:
   names = ("max_prompt_tokens", "max_tokens", "temperature", "top_k", "top_p")
   return {name: config.rollout[name] for name in names}
-
-
-def vocab_tables(tokenizer: Any) -> segmentation.VocabTables:
-  """Segmentation's tables; each keyword in the spellings that open a word."""
-  spellings = [spelling for word in segmentation.KEYWORDS for spelling in (word, " " + word)]
-  unknown = tokenizer.unk_token_id
-  encoded = [tokenizer.encode(s, add_special_tokens=False, split_special_tokens=True) for s in spellings]
-  known = [ids for ids in encoded if unknown is None or unknown not in ids]
-  return segmentation.vocab_tables(tasks.token_texts(tokenizer), known)
-
-
-def reference_of(tokenizer: Any, example: tasks.Example) -> completions.Reference:
-  return completions.Reference(
-    steps=tasks.solution_ids(tokenizer, example),
-    exit=tasks.exit_ids(tokenizer),
-    answer=tasks.answer_ids(tokenizer, example),
-  )
-
-
-def compiled_steps(
-  config: ConfigDict, model: Any, optimizer: Any, placement: Any, mesh: Any, tokenizer: Any
-) -> tuple[Any, Any, Any, Any]:
-  """The jitted arrows: segment, assign credit, update, reference log-probabilities."""
-  rule = credit_rule(config)
-  cut = functools.partial(
-    segmentation.segment, method=config.segmentation.method, k_max=config.segmentation.k_max,
-    target=config.segmentation.target or None, stride=config.segmentation.stride,
-    threshold=config.segmentation.threshold, eos_id=tokenizer.eos_token_id,
-  )  # fmt: skip
-  over_batch = jax.vmap(cut, in_axes=(0, 0, 0, 0, None))
-  segment = jax.jit(lambda r, tables: over_batch(r.tokens, r.log_probs, r.entropy, r.mask, tables))
-  if rule.needs_values:
-    assign = jax.jit(
-      lambda params, cache, *rest: credit.assign_credit(params, model, cache, *rest, rule=rule)
-    )
-  else:
-    assign = jax.jit(functools.partial(credit.uniform_advantages, rule=rule))
-  loss = functools.partial(
-    losses.policy_loss, loss=config.loss.name, clip_low=config.loss.clip_low, clip_high=config.loss.clip_high,
-    dual_clip=config.loss.dual_clip or None, kl=config.loss.kl, kl_coefficient=config.loss.kl_coefficient,
-    max_length=config.rollout.max_tokens,
-  )  # fmt: skip
-  update = jax.jit(
-    functools.partial(
-      train_step.policy_update, config=model, optimizer=optimizer, loss=loss, temperature=config.rollout.temperature
-    ),
-    in_shardings=(placement, sharding.batch(mesh)),
-    out_shardings=(placement, sharding.replicated(mesh)),
-    donate_argnums=0,
-  )
-  reference = jax.jit(
-    lambda params, b: scoring.trace_log_probs(params, model, b, temperature=config.rollout.temperature)[0]
-  )
-  return segment, assign, update, reference
 
 
 def train_batch(
@@ -296,7 +251,12 @@ def train_batch(
 
 
 def host_metrics(
-  rollout: types.Rollout, segments: types.Segments, returns: np.ndarray, zero_variance: np.ndarray, bank: Any, credits: Any
+  rollout: types.Rollout,
+  segments: types.Segments,
+  returns: np.ndarray,
+  zero_variance: np.ndarray,
+  bank: Any,
+  credits: Any,
 ) -> dict[str, Any]:
   """What is counted beside the update's own metrics."""
   result = {
@@ -327,7 +287,9 @@ def stop_on_nan(lines: list[dict], workdir: pathlib.Path, recent: dict[int, type
     FloatingPointError: naming the step and the file that its batch is saved in.
   """
   for line in lines:
-    if not math.isfinite(line.get("train/loss", 0.0)) or not math.isfinite(line.get("train/gradient_norm", 0.0)):
+    if not math.isfinite(line.get("train/loss", 0.0)) or not math.isfinite(
+      line.get("train/gradient_norm", 0.0)
+    ):
       path = workdir / f"nan_batch_{line['step']}.npz"
       batch = recent[line["step"]]
       fields = {f.name: np.asarray(getattr(batch, f.name)) for f in dataclasses.fields(batch)}

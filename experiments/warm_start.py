@@ -17,8 +17,8 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from rredcot_jax import config as config_lib
 from rredcot_jax import checkpoint, evaluation, sharding, tasks, train_step, types
+from rredcot_jax import config as config_lib
 from rredcot_jax.model import decoder
 from rredcot_jax.tasks import batching, chain
 

@@ -86,7 +86,9 @@ def make_bank(
     raise ValueError(f"max_tokens={max_tokens} and bank_size={bank_size} must be at least 1.")
   needed = fallback if name == "rollouts" else name
   if needed in ("solution", "suffix") and not all(reference.steps for reference in references):
-    raise ValueError(f"bank {needed!r} needs reference solutions and this task has none: use 'answer' or 'rollouts'.")
+    raise ValueError(
+      f"bank {needed!r} needs reference solutions and this task has none: use 'answer' or 'rollouts'."
+    )
   batch = len(references)
   if name == "rollouts":
     k_max, n = np.shape(segments.ends)[1], bank_size
@@ -223,6 +225,6 @@ def _add_rollouts(
       chosen = [j for j in present if with_failures or returns[j] > 0]
       share = len(chosen) / len(present)
       for place, j in enumerate(chosen[:n]):
-        ids = tokens[j, starts[j, k] : lengths[j]]
+        ids = tokens[j, starts[j, k] : lengths[j]].tolist()
         builder.add(row, k, place, ids, float(returns[j]) * share, float(log_q[j, starts[j, k]]))
   return empty

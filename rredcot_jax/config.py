@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rredcot_jax import advantages, completions, losses, redistribution, segmentation, values
+from rredcot_jax.credit import CreditRule
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.types import check_option
 
@@ -36,7 +37,9 @@ def default_config() -> ConfigDict:
   config.model.qkv_bias = False
   config.model.qk_norm = False
   config.model.tied_embeddings = True
-  config.initial_params = ""  # A safetensors file, by path or by name under rredcot_jax/assets; "" starts at random.
+  config.initial_params = (
+    ""  # A safetensors file, by path or by name under rredcot_jax/assets; "" starts at random.
+  )
 
   config.rollout = ConfigDict()
   config.rollout.prompts_per_step = 16
@@ -60,7 +63,9 @@ def default_config() -> ConfigDict:
   config.credit.max_completion_tokens = 56  # Room for a completion; longer ones are left out, and counted.
   config.credit.bank_size = 4  # Most completions a state, for the rollouts bank.
   config.credit.force_exit = False  # Score completions as if the thought had been left already.
-  config.credit.fallback = "uniform"  # Where the rollouts bank is empty: "uniform", or a reference bank's name.
+  config.credit.fallback = (
+    "uniform"  # Where the rollouts bank is empty: "uniform", or a reference bank's name.
+  )
   config.credit.form = "plain"  # values.FORMS
   config.credit.max_weight = 1.0  # Cap of an importance weight, for the truncated form.
   config.credit.initial_value = "baseline"  # redistribution.INITIAL_VALUES
@@ -119,6 +124,35 @@ def default_config() -> ConfigDict:
 def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
   """The decoder's sizes with the tokenizer's vocabulary."""
   return ModelConfig(vocab_size=vocab_size, **config.model)
+
+
+def credit_rule(config: ConfigDict) -> CreditRule:
+  """The credit's static choices as plain values."""
+  names = ("mode", "form", "max_weight", "initial_value", "floor", "scale")
+  return CreditRule(
+    group_size=config.rollout.group_size,
+    temperature=config.rollout.temperature,
+    baseline=config.advantages.baseline,
+    advantage_scale=config.advantages.scale,
+    chunk_size=config.credit.chunk_size or None,
+    **{name: config.credit[name] for name in names},
+  )
+
+
+def segmentation_options(config: ConfigDict) -> dict[str, Any]:
+  """Keyword arguments of `segmentation.segment`, but the tokenizer's."""
+  return config.segmentation.to_dict() | {"target": config.segmentation.target or None}
+
+
+def loss_options(config: ConfigDict) -> dict[str, Any]:
+  """Keyword arguments of `losses.policy_loss`."""
+  names = ("clip_low", "clip_high", "kl", "kl_coefficient")
+  return {
+    "loss": config.loss.name,
+    "dual_clip": config.loss.dual_clip or None,
+    "max_length": config.rollout.max_tokens,
+    **{name: config.loss[name] for name in names},
+  }
 
 
 def options_of(arg: str, allowed: Mapping[str, Sequence[str]]) -> dict[str, str]:

@@ -39,7 +39,9 @@ class CreditRule:
 
 def group_advantages(returns: chex.Array, rule: CreditRule) -> chex.Array:
   """[B] group-relative advantages of [B] returns, rows of a group together."""
-  grouped = jax.vmap(functools.partial(advantages.group_advantages, baseline=rule.baseline, scale=rule.advantage_scale))
+  grouped = jax.vmap(
+    functools.partial(advantages.group_advantages, baseline=rule.baseline, scale=rule.advantage_scale)
+  )
   return grouped(returns.reshape(-1, rule.group_size)).reshape(-1)
 
 
@@ -84,7 +86,9 @@ def assign_credit(
   )  # fmt: skip
   estimate = functools.partial(values.estimate_values, form=rule.form, max_weight=rule.max_weight)
   lengths = jnp.sum(completions.scored, axis=-1)
-  estimated, ess = jax.vmap(estimate)(log_p, completions.utilities, completions.log_q, completions.valid, lengths)
+  estimated, ess = jax.vmap(estimate)(
+    log_p, completions.utilities, completions.log_q, completions.valid, lengths
+  )
   redistribute = functools.partial(redistribution.redistribute, initial_value=rule.initial_value)
   rewards = jax.vmap(redistribute)(estimated, returns, segments.num_segments)
   to_tokens = functools.partial(

@@ -22,7 +22,9 @@ def trace_texts(task: tasks.Task, rollout: types.Rollout) -> list[str]:
 def returns_of(task: tasks.Task, examples: Sequence[tasks.Example], rollout: types.Rollout) -> np.ndarray:
   """[B] float32 rewards of the verifier; example i belongs to trace i."""
   texts = trace_texts(task, rollout)
-  return np.array([task.reward(example, text) for example, text in zip(examples, texts, strict=True)], np.float32)
+  return np.array(
+    [task.reward(example, text) for example, text in zip(examples, texts, strict=True)], np.float32
+  )
 
 
 def evaluate(
@@ -51,7 +53,9 @@ def evaluate(
     prompts), eval/length and eval/truncated.
   """
   if not 1 <= num_prompts <= len(task):
-    raise ValueError(f"evaluation.num_prompts={num_prompts} must lie in [1, {len(task)}], the task's held-out prompts.")
+    raise ValueError(
+      f"evaluation.num_prompts={num_prompts} must lie in [1, {len(task)}], the task's held-out prompts."
+    )
   examples = [task[i] for i in range(num_prompts) for _ in range(samples)]
   rewards, lengths, truncated = [], [], []
   for start in range(0, len(examples), rows):
@@ -68,7 +72,7 @@ def evaluate(
     lengths.append(rollout.mask.sum(axis=1)[: len(real)])
     truncated.append(rollout.truncated[: len(real)])
   correct = (np.concatenate(rewards) >= 1.0).reshape(num_prompts, samples).sum(axis=1)
-  result = {}
+  result: dict[str, float] = {}
   for k in sorted({1, samples}):
     mean, error = metrics.mean_and_error(metrics.pass_at_k(correct, samples, k))
     result |= {f"eval/pass@{k}": mean, f"eval/pass@{k}_se": error}

@@ -23,7 +23,7 @@ class MetricsWriter:
     """Opens the files; lines of steps after `resume_step` belong to a lost future and are dropped."""
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     drop_lines_after(self._path, resume_step)
-    self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+    self._file = open(self._path, "a", encoding="utf-8")
     self._board = tensorboardX.SummaryWriter(
       str(pathlib.Path(workdir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=30
     )

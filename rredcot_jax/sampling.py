@@ -4,6 +4,7 @@ Randomness is per row: row i draws token t with fold_in(fold_in(key, i), t), so 
 row's trace does not depend on what its neighbours hold.
 """
 
+import dataclasses
 import functools
 
 import chex
@@ -118,7 +119,8 @@ def sample(
     token = jax.vmap(jax.random.categorical)(keys, log_probs).astype(jnp.int32)
     token = jnp.where(ended, pad_id, token)
     chosen = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
-    rollout = rollout.replace(
+    rollout = dataclasses.replace(
+      rollout,
       tokens=rollout.tokens.at[:, t].set(token),
       mask=rollout.mask.at[:, t].set(jnp.logical_not(ended)),
       log_probs=rollout.log_probs.at[:, t].set(jnp.where(ended, 0.0, chosen)),
@@ -142,4 +144,4 @@ def sample(
   mask = jnp.concatenate([prompt_mask, room], axis=1)
   start = (jnp.int32(0), cache, prompt_tokens[:, -1], rollout, jnp.zeros((batch,), bool), mask)
   _, cache, _, rollout, ended, _ = jax.lax.while_loop(unfinished, step, start)
-  return rollout.replace(truncated=jnp.logical_not(ended)), cache
+  return dataclasses.replace(rollout, truncated=jnp.logical_not(ended)), cache

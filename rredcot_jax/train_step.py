@@ -1,7 +1,8 @@
-"""The train state, and the two updates: on credited traces, and on given ones."""
+"""The train state, the two updates, and the compiled steps of a training loop."""
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from rredcot_jax import losses, scoring, types
+from rredcot_jax import credit, losses, scoring, segmentation, sharding, types
 from rredcot_jax.masked import masked_mean
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
@@ -26,8 +27,22 @@ class TrainState:
   opt_state: Any
 
 
+class Steps(NamedTuple):
+  """The jitted arrows of a training step, in the order they are called."""
+
+  segment: Callable[..., types.Segments]  # (rollout, tables)
+  assign: Callable[..., Any]  # see `credit.assign_credit`; with mode "uniform", (mask, returns) -> [B, T].
+  reference: Callable[..., chex.Array]  # (params, batch) -> [B, T] log-probabilities.
+  update: Callable[..., tuple[TrainState, Metrics]]  # (state, batch); the state is donated.
+
+
 def make_optimizer(
-  *, learning_rate: float, warmup_steps: int, decay_steps: int | None, weight_decay: float, max_grad_norm: float
+  *,
+  learning_rate: float,
+  warmup_steps: int,
+  decay_steps: int | None,
+  weight_decay: float,
+  max_grad_norm: float,
 ) -> optax.GradientTransformation:
   """AdamW behind a clip by global norm; linear warm-up, then constant or a cosine to a tenth.
 
@@ -100,6 +115,58 @@ def supervised_update(
     return value, {"loss": value}
 
   return _apply(state, loss_fn, optimizer)
+
+
+def compile_steps(
+  config: ModelConfig,
+  optimizer: optax.GradientTransformation,
+  placement: TrainState,
+  mesh: jax.sharding.Mesh,
+  *,
+  rule: credit.CreditRule,
+  eos_id: int,
+  segmentation_options: Mapping[str, Any],
+  loss_options: Mapping[str, Any],
+) -> Steps:
+  """Jits the arrows between a rollout and the next state.
+
+  Args:
+    config, optimizer: the model and its optimizer.
+    placement: the state's shardings, as `sharding.infer` gives them.
+    mesh: batches are split over its data axes.
+    rule: how credit is assigned.
+    eos_id: ends a trace.
+    segmentation_options: of `segmentation.segment`.
+    loss_options: of `losses.policy_loss`.
+  """
+  one: Callable[..., types.Segments] = functools.partial(
+    segmentation.segment, eos_id=eos_id, **segmentation_options
+  )
+  cut = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
+  if rule.needs_values:
+    assign = lambda params, cache, *rest: credit.assign_credit(params, config, cache, *rest, rule=rule)
+  else:
+    assign = functools.partial(credit.uniform_advantages, rule=rule)
+  update = functools.partial(
+    policy_update,
+    config=config,
+    optimizer=optimizer,
+    temperature=rule.temperature,
+    loss=functools.partial(losses.policy_loss, **loss_options),
+  )
+  return Steps(
+    segment=jax.jit(lambda r, tables: cut(r.tokens, r.log_probs, r.entropy, r.mask, tables)),
+    assign=jax.jit(assign),
+    reference=jax.jit(
+      lambda params, batch: scoring.trace_log_probs(params, config, batch, temperature=rule.temperature)[0]
+    ),
+    update=jax.jit(
+      update,
+      in_shardings=(placement, sharding.batch(mesh)),
+      out_shardings=(placement, sharding.replicated(mesh)),
+      donate_argnums=0,
+    ),
+  )
 
 
 def _apply(

@@ -82,7 +82,10 @@ def attend_with_prefix(
   prefix_lse = prefix_lse.reshape(b, m, s, h)
   prefix_lse = jnp.where(jnp.any(prefix_mask, axis=-1)[:, :, None, None], prefix_lse, -jnp.inf)
   return merge(
-    over_prefix.reshape(b, m, s, h, d), prefix_lse, over_self.reshape(b, m, s, h, d), self_lse.reshape(b, m, s, h)
+    over_prefix.reshape(b, m, s, h, d),
+    prefix_lse,
+    over_self.reshape(b, m, s, h, d),
+    self_lse.reshape(b, m, s, h),
   )
 
 

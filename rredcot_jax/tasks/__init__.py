@@ -143,7 +143,7 @@ def decode(tokenizer: transformers.PreTrainedTokenizerFast, ids: Sequence[int]) 
   U+FFFD. Its result must not be encoded again: that is not the inverse.
   """
   known = [int(token) for token in ids if 0 <= token < len(tokenizer)]
-  return tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+  return str(tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _encode(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import grain
 import numpy as np
+import transformers
 
-from rredcot_jax import tasks
+from rredcot_jax import completions, segmentation, tasks
 
 
 def pad(rows: Sequence[Sequence[int]], width: int, *, side: str, pad_id: int, what: str) -> tuple:
@@ -32,7 +33,9 @@ def pad(rows: Sequence[Sequence[int]], width: int, *, side: str, pad_id: int, wh
   mask = np.zeros((len(rows), width), bool)
   for i, row in enumerate(rows):
     if len(row) > width:
-      raise ValueError(f"{what} {i} has {len(row)} tokens and the room is {width}: raise that limit in the config.")
+      raise ValueError(
+        f"{what} {i} has {len(row)} tokens and the room is {width}: raise that limit in the config."
+      )
     columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
     tokens[i, columns], mask[i, columns] = row, True
   return tokens, mask
@@ -57,3 +60,21 @@ def prompt_iterator(task: tasks.Task, batch_size: int, seed: int) -> grain.Datas
     )
   indices = grain.MapDataset.range(len(task)).shuffle(seed=seed).repeat().batch(batch_size)
   return iter(indices.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def references(task: tasks.Task, examples: Sequence[tasks.Example]) -> list[completions.Reference]:
+  """Each example's reference solution and answer as token ids, for the banks."""
+  tokenizer = task.tokenizer
+  leave = tasks.exit_ids(tokenizer)
+  return [
+    completions.Reference(tasks.solution_ids(tokenizer, example), leave, tasks.answer_ids(tokenizer, example))
+    for example in examples
+  ]
+
+
+def vocab_tables(tokenizer: transformers.PreTrainedTokenizerFast) -> segmentation.VocabTables:
+  """Segmentation's view of a vocabulary; each keyword in both spellings that open a word."""
+  spellings = [spelling for word in segmentation.KEYWORDS for spelling in (word, " " + word)]
+  encoded = [tokenizer.encode(s, add_special_tokens=False, split_special_tokens=True) for s in spellings]
+  known = [ids for ids in encoded if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids]
+  return segmentation.vocab_tables(tasks.token_texts(tokenizer), known)

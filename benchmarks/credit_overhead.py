@@ -1,0 +1,166 @@
+"""What credit costs: an RREDCoT step over a GRPO step, on the demo's configuration.
+
+    python benchmarks/credit_overhead.py
+
+Claim: at most 1.10 with the `answer` bank. In one process, from the same
+parameters, with the same key and so the same rollouts, each repetition times a
+whole GRPO step (sample, verify, group advantage, update) and then the same with
+each bank's credit in it (segment, bank, score, values, redistribution); the
+figure is the median over repetitions of the ratio within one. Beside it the
+ratio of token-forwards that explains it: a GRPO step runs every prompt and
+trace token once to sample and three times (forward, and backward as two) to
+update; a bank adds its branch tokens once.
+
+The last line is {"overhead": {bank: ratio}, "token_forwards": {bank: ratio}}.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from rredcot_jax import checkpoint, completions, evaluation, losses, sampling, sharding, tasks, train_step, types
+from rredcot_jax import config as config_lib
+from rredcot_jax import credit as credit_lib
+from rredcot_jax.model import decoder
+from rredcot_jax.tasks import batching
+
+_DEMO = pathlib.Path(__file__).parent.parent / "configs" / "demo.py"
+
+
+def demo_config(arg: str) -> Any:
+  spec = importlib.util.spec_from_file_location("demo", _DEMO)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
+
+
+class Step:
+  """One training step of a configuration, repeatable from the same state."""
+
+  def __init__(self, config: Any):
+    self.config, self.rule = config, config_lib.credit_rule(config)
+    self.task = tasks.make_task(config.task.name, split="train", **config.task.options)
+    self.model = config_lib.model_config(config, len(self.task.tokenizer))
+    self.tables = batching.vocab_tables(self.task.tokenizer)
+    self.mesh = sharding.make_mesh()
+    optimizer = train_step.make_optimizer(decay_steps=None, **config.optimizer)
+    abstract = jax.eval_shape(lambda: decoder.init(self.model, jax.random.key(0)))
+    params = checkpoint.load_params(config.initial_params, abstract)
+    # The branch and the baseline share one state, which is never donated here: each repetition starts alike.
+    self.state = train_step.init_state(params, optimizer)
+    steps = train_step.compile_steps(
+      self.model,
+      optimizer,
+      sharding.infer(self.mesh, self.state),
+      self.mesh,
+      rule=self.rule,
+      eos_id=self.task.tokenizer.eos_token_id,
+      segmentation_options=config_lib.segmentation_options(config),
+      loss_options=config_lib.loss_options(config),
+    )
+    self.steps = steps
+
+  def run(self, repetition: int) -> tuple[float, dict[str, int]]:
+    """Seconds of the step, and its tokens by kind."""
+    config, tokenizer = self.config, self.task.tokenizer
+    group = config.rollout.group_size
+    examples = [self.task[repetition * 64 + i] for i in range(config.rollout.prompts_per_step) for _ in range(group)]
+    state = jax.tree.map(lambda x: x.copy(), jax.device_put(self.state, sharding.infer(self.mesh, self.state)))
+    jax.block_until_ready(state)
+    began = time.perf_counter()
+    prompts = batching.prompt_arrays(self.task, examples, config.rollout.max_prompt_tokens)
+    rollout, cache = sampling.sample(
+      state.params,
+      self.model,
+      *sharding.put_batch(self.mesh, prompts),
+      jax.random.key(repetition),
+      max_tokens=config.rollout.max_tokens,
+      temperature=config.rollout.temperature,
+      eos_id=tokenizer.eos_token_id,
+      pad_id=tokenizer.pad_token_id,
+    )
+    host = jax.device_get(rollout)
+    returns = evaluation.returns_of(self.task, examples, host)
+    branch_tokens = 0
+    if self.rule.needs_values:
+      segments = self.steps.segment(rollout, self.tables)
+      bank = completions.make_bank(
+        config.credit.bank,
+        batching.references(self.task, examples),
+        host,
+        jax.device_get(segments),
+        returns,
+        self.tables.newlines,
+        group_size=group,
+        bank_size=config.credit.bank_size,
+        max_tokens=config.credit.max_completion_tokens,
+      )
+      placed = sharding.put_batch(self.mesh, (bank.completions, returns, bank.fallback))
+      credits = self.steps.assign(state.params, cache, rollout, segments, *placed)
+      token_advantages = credits.advantages
+      n, s = bank.completions.tokens.shape[2:]
+      branch_tokens = len(examples) * config.segmentation.k_max * n * s
+    else:
+      token_advantages = self.steps.assign(host.mask, returns)
+    mask = losses.loss_mask(
+      rollout.mask,
+      rollout.truncated,
+      credit_lib.zero_variance(returns, self.rule),
+      mask_truncated=False,
+      filter_zero_variance=False,
+    )
+    batch = types.TrainBatch(
+      prompt_tokens=rollout.prompt_tokens,
+      prompt_mask=rollout.prompt_mask,
+      tokens=rollout.tokens,
+      mask=rollout.mask,
+      loss_mask=mask,
+      old_log_probs=rollout.log_probs,
+      reference_log_probs=rollout.log_probs,
+      advantages=token_advantages,
+    )
+    jax.block_until_ready(self.steps.update(state, sharding.put_batch(self.mesh, batch)))
+    seconds = time.perf_counter() - began
+    columns = len(examples) * (config.rollout.max_prompt_tokens + config.rollout.max_tokens)
+    return seconds, {"step": 4 * columns, "branches": branch_tokens}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--repetitions", type=int, default=9)
+  repetitions = parser.parse_args().repetitions
+  baseline = Step(demo_config("grpo"))
+  ours = {bank: Step(demo_config(f"rredcot,bank={bank}")) for bank in completions.BANKS}
+  baseline.run(0)
+  forwards = {}
+  for bank, step in ours.items():
+    _, counts = step.run(0)
+    forwards[bank] = round(1 + counts["branches"] / counts["step"], 3)
+  ratios: dict[str, list[float]] = {bank: [] for bank in ours}
+  for repetition in range(repetitions):
+    # A GRPO step on either side of each credited one, so that a drift of the machine's speed cancels.
+    before, _ = baseline.run(repetition)
+    for bank, step in ours.items():
+      seconds, _ = step.run(repetition)
+      after, _ = baseline.run(repetition)
+      ratios[bank].append(seconds / (0.5 * (before + after)))
+      before = after
+  overhead = {bank: round(float(np.median(values)), 3) for bank, values in ratios.items()}
+  for bank in ours:
+    low, high = np.quantile(ratios[bank], [0.25, 0.75])
+    print(
+      f"{bank:10s} step time over GRPO {overhead[bank]:.3f} (quartiles {low:.3f} to {high:.3f}), "
+      f"token-forwards over GRPO {forwards[bank]:.3f}"
+    )
+  print(json.dumps({"overhead": overhead, "token_forwards": forwards}))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,139 @@
+"""`make demo`: plain GRPO, then RREDCoT, from one warm start, with one table and one report.
+
+    python experiments/demo.py --demo_dir runs/demo             (about 5 minutes on 2 cores)
+    python experiments/demo.py --demo_dir runs/demo --seeds 5    (`make demo-seeds`)
+
+Both methods deal the same prompts in the same order for each seed. Interrupted,
+it goes on where it stopped. The last line is one JSON object with every figure.
+"""
+
+import json
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import train
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from rredcot_jax import config as config_lib
+from rredcot_jax import metrics, report
+
+GRPO = config_flags.DEFINE_config_file("grpo", "configs/demo.py:grpo", "The baseline.", lock_config=True)
+RREDCOT = config_flags.DEFINE_config_file(
+  "rredcot", "configs/demo.py:rredcot", "The method.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("demo_dir", "runs/demo", "Where both runs and the report are written.")
+SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds run: 0 to seeds - 1.", lower_bound=1)
+
+# Steps left out of the time per step: they hold the compilations.
+_WARM_UP = 3
+
+
+def main(_: Any) -> None:
+  began = time.perf_counter()
+  root = pathlib.Path(WORKDIR.value)
+  runs: dict[str, list[pathlib.Path]] = {"GRPO": [], "RREDCoT": []}
+  for seed in range(SEEDS.value):
+    for name, base in (("GRPO", GRPO.value), ("RREDCoT", RREDCOT.value)):
+      config = ConfigDict(base.to_dict())
+      config.seed = seed
+      config_lib.validate(config)
+      workdir = root / f"{name.lower()}-{seed}"
+      command = f"python experiments/train.py --config configs/demo.py:{name.lower()} --config.seed={seed}"
+      train.claim_workdir(workdir, config, f"{command} --workdir {workdir}", resume=True)
+      train.run(config, workdir)
+      runs[name].append(workdir)
+
+  results = {name: [read_run(path) for path in paths] for name, paths in runs.items()}
+  figures = compare(results["GRPO"], results["RREDCoT"])
+  table = [row(name, results[name], figures) for name in runs]
+  report.write_report(
+    {name: paths[0] for name, paths in runs.items()}, root / "report.html",
+    title="GRPO and RREDCoT on chain, seed 0", summary=table,
+  )  # fmt: skip
+  print_table(table)
+  tokens = figures["tokens_to_grpo_accuracy_over_grpo"]
+  reached = [x for x in tokens if x is not None]
+  print(
+    f"\nRREDCoT reached the accuracy at which GRPO ended in {len(reached)} of {len(tokens)} runs"
+    + (f", with {np.mean(reached):.2f} of GRPO's rollout tokens." if reached else ".")
+  )
+  print(f"report       {root / 'report.html'}")
+  print(f"checkpoints  {runs['RREDCoT'][0] / 'checkpoints'}")
+  print(f"metrics      {runs['RREDCoT'][0] / 'metrics.jsonl'}")
+  print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
+
+
+def read_run(workdir: pathlib.Path) -> dict[str, Any]:
+  """The figures of one run, from its metrics."""
+  lines = report.read_metrics(workdir / "metrics.jsonl")
+  evaluations = [line for line in lines if "eval/pass@1" in line]
+  steps = [line for line in lines if "train/step_seconds" in line][_WARM_UP:]
+  return {
+    "tokens": [line["train/rollout_tokens"] for line in evaluations],
+    "accuracy": [line["eval/pass@1"] for line in evaluations],
+    "step_seconds": statistics.median(line["train/step_seconds"] for line in steps),
+    "credit_seconds": statistics.median(line["train/credit_seconds"] for line in steps),
+  }
+
+
+def tokens_to_reach(run: dict[str, Any], accuracy: float) -> float | None:
+  """Rollout tokens at which the run's evaluations first reach `accuracy`, linear in between; None if never."""
+  for i, reached in enumerate(run["accuracy"]):
+    if reached >= accuracy:
+      if i == 0:
+        return run["tokens"][0]
+      low, high = run["accuracy"][i - 1], reached
+      share = (accuracy - low) / (high - low)
+      return run["tokens"][i - 1] + share * (run["tokens"][i] - run["tokens"][i - 1])
+  return None
+
+
+def compare(grpo: list[dict], rredcot: list[dict]) -> dict[str, Any]:
+  """Every figure of the comparison, a list entry for each seed."""
+  ratios = []
+  for base, ours in zip(grpo, rredcot, strict=True):
+    needed = tokens_to_reach(ours, base["accuracy"][-1])
+    ratios.append(None if needed is None else round(needed / base["tokens"][-1], 4))
+  return {
+    "accuracy_before": [round(run["accuracy"][0], 4) for run in grpo],
+    "accuracy_grpo": [round(run["accuracy"][-1], 4) for run in grpo],
+    "accuracy_rredcot": [round(run["accuracy"][-1], 4) for run in rredcot],
+    "tokens_to_grpo_accuracy_over_grpo": ratios,
+    "step_seconds_over_grpo": [
+      round(ours["step_seconds"] / base["step_seconds"], 3) for base, ours in zip(grpo, rredcot, strict=True)
+    ],
+  }
+
+
+def row(name: str, runs: list[dict], figures: dict[str, Any]) -> dict[str, str]:
+  """One line of the closing table: means over seeds, with standard errors where there are several."""
+
+  def mean(values: list[float]) -> str:
+    value, error = metrics.mean_and_error(np.array(values))
+    return f"{100 * value:.1f}%" + (f" ± {100 * error:.1f}" if len(values) > 1 else "")
+
+  overhead = "1.00 (baseline)" if name == "GRPO" else f"{np.mean(figures['step_seconds_over_grpo']):.2f}"
+  return {
+    "run": name,
+    "accuracy before": mean([run["accuracy"][0] for run in runs]),
+    "accuracy after": mean([run["accuracy"][-1] for run in runs]),
+    "rollout tokens": f"{np.mean([run['tokens'][-1] for run in runs]):,.0f}",
+    "seconds a step": f"{np.mean([run['step_seconds'] for run in runs]):.2f}",
+    "step time over GRPO": overhead,
+  }
+
+
+def print_table(table: list[dict[str, str]]) -> None:
+  widths = {key: max(len(key), *(len(line[key]) for line in table)) for key in table[0]}
+  print("\n" + "  ".join(key.ljust(width) for key, width in widths.items()))
+  for line in table:
+    print("  ".join(line[key].ljust(width) for key, width in widths.items()))
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.WARNING)
+  app.run(main)
