@@ -98,9 +98,7 @@ class Step:
         jax.device_get(segments),
         returns,
         self.tables.newlines,
-        group_size=group,
-        bank_size=config.credit.bank_size,
-        max_tokens=config.credit.max_completion_tokens,
+        **config_lib.bank_options(config),
       )
       placed = sharding.put_batch(self.mesh, (bank.completions, returns, bank.fallback))
       credits = self.steps.assign(state.params, cache, rollout, segments, *placed)

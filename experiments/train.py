@@ -142,10 +142,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     bank = None
     if rule.needs_values:
       bank = completions.make_bank(
-        config.credit.bank, batching.references(train_task, examples), on_host, jax.device_get(segments), returns, tables.newlines,
-        group_size=config.rollout.group_size, bank_size=config.credit.bank_size,
-        max_tokens=config.credit.max_completion_tokens, force_exit=config.credit.force_exit,
-        fallback=config.credit.fallback, with_failures=config.credit.form == "self_normalised",
+        config.credit.bank, batching.references(train_task, examples), on_host, jax.device_get(segments), returns,
+        tables.newlines, **config_lib.bank_options(config),
       )  # fmt: skip
       placed = sharding.put_batch(mesh, (bank.completions, returns, bank.fallback))
       credits = steps.assign(state.params, cache, rollout, segments, *placed)

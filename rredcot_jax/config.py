@@ -139,6 +139,17 @@ def credit_rule(config: ConfigDict) -> CreditRule:
   )
 
 
+def bank_options(config: ConfigDict) -> dict[str, Any]:
+  """Keyword arguments of `completions.make_bank`."""
+  names = ("bank_size", "force_exit", "fallback")
+  return {
+    "group_size": config.rollout.group_size,
+    "max_tokens": config.credit.max_completion_tokens,
+    "with_failures": config.credit.form == "self_normalised",
+    **{name: config.credit[name] for name in names},
+  }
+
+
 def segmentation_options(config: ConfigDict) -> dict[str, Any]:
   """Keyword arguments of `segmentation.segment`, but the tokenizer's."""
   return config.segmentation.to_dict() | {"target": config.segmentation.target or None}

@@ -73,6 +73,11 @@ def batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(_BATCH_AXES))
 
 
+def cache(mesh: Mesh) -> NamedSharding:
+  """A KV cache [L, B, C, KV, D], rows split as batches are."""
+  return NamedSharding(mesh, P(None, _BATCH_AXES))
+
+
 def put_batch(mesh: Mesh, tree: Any) -> Any:
   """Places host arrays [B, ...] with their leading axis split.
 

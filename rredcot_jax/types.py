@@ -15,6 +15,7 @@ import difflib
 from collections.abc import Sequence
 
 import chex
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -53,7 +54,7 @@ class Segments:
   @property
   def mask(self) -> chex.Array:
     """[..., K] bool, True on segments that exist."""
-    k = jnp.arange(self.ends.shape[-1])
+    k = jax.lax.broadcasted_iota(jnp.int32, self.ends.shape, self.ends.ndim - 1)
     return k < self.num_segments[..., None]
 
   @property

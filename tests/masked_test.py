@@ -58,9 +58,7 @@ def test_masked_garbage_reaches_neither_value_nor_gradient(name, garbage):
 
 @everyone
 def test_gradient_over_nothing_is_zero(name):
-  gradient = jax.grad(lambda x: REDUCTIONS[name][0](x, jnp.zeros(3, bool)))(
-    jnp.array([1.0, jnp.nan, -jnp.inf])
-  )
+  gradient = jax.grad(lambda x: REDUCTIONS[name][0](x, jnp.zeros(3, bool)))(jnp.array([1.0, jnp.nan, -jnp.inf]))
   np.testing.assert_array_equal(gradient, np.zeros(3))
 
 
@@ -69,7 +67,7 @@ def test_a_size_one_axis_of_the_mask_broadcasts():
   mask = jnp.array([[True], [False]])
   np.testing.assert_allclose(masked.masked_mean(x, mask), 2.0)
   np.testing.assert_allclose(masked.masked_mean(x, mask, axis=0), [1.0, 2.0, 3.0])
-  np.testing.assert_allclose(masked.masked_std(x, mask, axis=1), [np.std([1, 2, 3]), 0.0], rtol=1e-6)
+  np.testing.assert_allclose(masked.masked_std(x, mask, axis=1), np.array([np.std([1, 2, 3]), 0.0]), rtol=1e-6)
 
 
 def test_std_gradient_is_finite_at_zero_deviation():
@@ -106,7 +104,7 @@ def test_logsumexp_and_softmax_survive_large_inputs():
 def test_softmax_rows_and_nothing():
   x = jnp.array([[0.0, jnp.log(3.0), 7.0], [1.0, 2.0, 3.0]])
   mask = jnp.array([[True, True, False], [False, False, False]])
-  np.testing.assert_allclose(masked.masked_softmax(x, mask), [[0.25, 0.75, 0], [0, 0, 0]], rtol=1e-6)
+  np.testing.assert_allclose(masked.masked_softmax(x, mask), np.array([[0.25, 0.75, 0], [0, 0, 0]]), rtol=1e-6)
   gradient = jax.grad(lambda x: jnp.sum(masked.masked_softmax(x, mask) ** 2))(x)
   assert np.all(np.isfinite(gradient))
   np.testing.assert_array_equal(gradient[1], np.zeros(3))

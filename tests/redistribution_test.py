@@ -70,15 +70,11 @@ def test_return_equivalence(values, return_, num_segments, garbage):
   np.testing.assert_array_equal(baseline[1:], first[1:])
 
 
-@given(
-  values=st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=K), return_=st.floats(-2, 2, width=32)
-)
+@given(values=st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=K), return_=st.floats(-2, 2, width=32))
 def test_return_equivalence_for_ragged_k(values, return_):
   got = redistribute(values, return_, len(values))
   np.testing.assert_allclose(jnp.sum(got), return_ - values[0], atol=1e-5)
-  padded = redistribute(
-    np.pad(np.array(values), (0, K - len(values)), constant_values=7.0), return_, len(values)
-  )
+  padded = redistribute(np.pad(np.array(values), (0, K - len(values)), constant_values=7.0), return_, len(values))
   np.testing.assert_array_equal(padded[: len(values)], got)
 
 

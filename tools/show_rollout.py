@@ -1,0 +1,98 @@
+"""Prints rollouts of one prompt in the terminal, each segment with its credit.
+
+    python tools/show_rollout.py --config configs/demo.py:rredcot
+    python tools/show_rollout.py --config configs/demo.py:rredcot --workdir runs/demo/rredcot-0 --index 7
+    python tools/show_rollout.py --config configs/demo.py:rredcot --picture docs/credit.png
+
+Without --workdir the configuration's initial parameters are used. One group is
+sampled; the correct and the wrong traces shown are the first of each.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from rredcot_jax import checkpoint, completions, evaluation, report, sampling, sharding, tasks, train_step
+from rredcot_jax import config as config_lib
+from rredcot_jax.model import decoder
+from rredcot_jax.tasks import batching
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment; its credit.mode must not be uniform.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Take the parameters from this run's newest checkpoint.")
+INDEX = flags.DEFINE_integer("index", 0, "Which held-out prompt.", lower_bound=0)
+COUNT = flags.DEFINE_integer("count", 2, "Traces shown.", lower_bound=1)
+PICTURE = flags.DEFINE_string("picture", None, "Also write the last trace shown as this PNG or SVG.")
+
+
+def main(_: Any) -> None:
+  config = CONFIG.value
+  config_lib.validate(config)
+  rule = config_lib.credit_rule(config)
+  if not rule.needs_values:
+    raise app.UsageError("credit.mode='uniform' redistributes nothing: show a configuration such as configs/demo.py")
+  task = tasks.make_task(config.task.name, split="eval", **config.task.options)
+  tokenizer = task.tokenizer
+  model = config_lib.model_config(config, len(tokenizer))
+  mesh = sharding.make_mesh(**config.mesh)
+
+  # ---- Parameters --------------------------------------------------------------------------
+  optimizer = train_step.make_optimizer(decay_steps=None, **config.optimizer)
+  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
+  placement = sharding.infer(mesh, abstract)
+  if WORKDIR.value:
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
+    saver = checkpoint.Checkpointer(pathlib.Path(WORKDIR.value) / "checkpoints", keep=config.checkpoint.keep)
+    restored = saver.restore_latest(target)
+    if restored is None:
+      raise app.UsageError(f"no checkpoint in {WORKDIR.value}: train first, or leave --workdir out")
+    step, params = restored[0], restored[1].params
+  elif config.initial_params:
+    step, params = 0, checkpoint.load_params(config.initial_params, abstract.params)
+  else:
+    raise app.UsageError("this configuration starts at random: give --workdir of a trained run")
+
+  # ---- One group, credited -----------------------------------------------------------------
+  example = task[INDEX.value]
+  examples = [example] * config.rollout.group_size
+  prompts = batching.prompt_arrays(task, examples, config.rollout.max_prompt_tokens)
+  rollout, cache = sampling.sample(
+    params, model, *prompts, jax.random.key(config.seed), max_tokens=config.rollout.max_tokens,
+    temperature=config.rollout.temperature, top_k=config.rollout.top_k, top_p=config.rollout.top_p,
+    eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+  )  # fmt: skip
+  steps = train_step.compile_steps(
+    model, optimizer, placement, mesh, rule=rule, eos_id=tokenizer.eos_token_id,
+    segmentation_options=config_lib.segmentation_options(config), loss_options=config_lib.loss_options(config),
+  )  # fmt: skip
+  tables = batching.vocab_tables(tokenizer)
+  segments = steps.segment(rollout, tables)
+  host, host_segments = jax.device_get((rollout, segments))
+  returns = evaluation.returns_of(task, examples, host)
+  bank = completions.make_bank(
+    config.credit.bank, batching.references(task, examples), host, host_segments, returns, tables.newlines,
+    **config_lib.bank_options(config),
+  )  # fmt: skip
+  credits = jax.device_get(
+    steps.assign(params, cache, rollout, segments, bank.completions, returns, bank.fallback)
+  )
+
+  # ---- Show --------------------------------------------------------------------------------
+  rows = [evaluation.trace_record(step, task, example, *jax.tree.map(lambda x: x[i], (host, host_segments, credits)),
+                                  returns[i]) for i in range(len(examples))]  # fmt: skip
+  rows.sort(key=lambda trace: trace["return"], reverse=True)
+  shown = rows if COUNT.value >= len(rows) else [*rows[: COUNT.value - 1], rows[-1]]
+  for trace in shown:
+    print(report.render_terminal(trace, color=sys.stdout.isatty()))
+    print()
+  if PICTURE.value:
+    report.credit_figure(shown[-1]).savefig(PICTURE.value, dpi=110)
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config"])
+  logging.set_verbosity(logging.WARNING)
+  app.run(main)
