@@ -14,7 +14,7 @@ setuptools.setup(
   install_requires=["jax>=0.10", "flax>=0.12", "chex>=0.1.90"],
   extras_require={
     "experiments": [
-      "optax>=0.2.5",
+      "optax>=0.2.6",
       "orbax-checkpoint>=0.11",
       "transformers>=5.0",
       "tokenizers>=0.21",

@@ -38,5 +38,6 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.evaluation.every = 2
   config.evaluation.num_prompts = 16
   config.evaluation.samples = 2
+  config.evaluation.rows = 16
   config.checkpoint.every = 2
   return config

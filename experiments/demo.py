@@ -22,9 +22,7 @@ from rredcot_jax import config as config_lib
 from rredcot_jax import metrics, report
 
 GRPO = config_flags.DEFINE_config_file("grpo", "configs/demo.py:grpo", "The baseline.", lock_config=True)
-RREDCOT = config_flags.DEFINE_config_file(
-  "rredcot", "configs/demo.py:rredcot", "The method.", lock_config=True
-)
+RREDCOT = config_flags.DEFINE_config_file("rredcot", "configs/demo.py:rredcot", "The method.", lock_config=True)
 WORKDIR = flags.DEFINE_string("demo_dir", "runs/demo", "Where both runs and the report are written.")
 SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds run: 0 to seeds - 1.", lower_bound=1)
 

@@ -51,9 +51,7 @@ def main(_: Any) -> None:
   config_lib.validate(config)
   claim_workdir(workdir, config, " ".join(["python", *sys.argv]), resume=RESUME.value)
   run(config, workdir)
-  report.write_report(
-    {workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None
-  )
+  report.write_report({workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None)
   print(f"report: {workdir / 'report.html'}")
 
 
@@ -66,7 +64,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   model = config_lib.model_config(config, len(tokenizer))
   tables = batching.vocab_tables(tokenizer)
   rule = config_lib.credit_rule(config)
-  rows = config.rollout.prompts_per_step * config.rollout.group_size
   policy_key, eval_key = jax.random.split(jax.random.key(config.seed))
 
   # ---- State on the mesh -------------------------------------------------------------------
@@ -74,9 +71,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   optimizer = train_step.make_optimizer(decay_steps=None, **config.optimizer)
   abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, policy_key), optimizer))
   placement = sharding.infer(mesh, abstract)
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement
-  )
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
   start_params = jax.device_put(
     checkpoint.load_params(config.initial_params, abstract.params)
     if config.initial_params
@@ -112,7 +107,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     # The same key at every evaluation: the same noise for every policy.
     result = evaluation.evaluate(
       state.params, model, held_out, mesh, eval_key, num_prompts=config.evaluation.num_prompts,
-      samples=config.evaluation.samples, rows=rows, **rollout_options(config),
+      samples=config.evaluation.samples, rows=config.evaluation.rows, **rollout_options(config),
     )  # fmt: skip
     writer.write(step, result | {"train/rollout_tokens": rollout_tokens})
 
@@ -177,9 +172,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if last or done % config.evaluation.every == 0:
       show(progress, stop_on_nan(writer.flush(), workdir, recent))
       evaluate_at(done)
-      write_traces(
-        workdir, done, train_task, examples, on_host, segments, credits, returns, config.num_traces
-      )
+      write_traces(workdir, done, train_task, examples, on_host, segments, credits, returns, config.num_traces)
     if last or done % config.checkpoint.every == 0:
       # Metrics first: a checkpoint vouches for every line before it.
       stop_on_nan(writer.flush(), workdir, recent)
@@ -210,9 +203,7 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, re
         f"{workdir} holds a run of another configuration: {', '.join(differing)}. Choose another --workdir."
       )
     if not resume:
-      raise ValueError(
-        f"{workdir} holds a run and --noresume was given: choose another --workdir or remove it."
-      )
+      raise ValueError(f"{workdir} holds a run and --noresume was given: choose another --workdir or remove it.")
     return
   workdir.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name("config.json.tmp")
@@ -285,9 +276,7 @@ def stop_on_nan(lines: list[dict], workdir: pathlib.Path, recent: dict[int, type
     FloatingPointError: naming the step and the file that its batch is saved in.
   """
   for line in lines:
-    if not math.isfinite(line.get("train/loss", 0.0)) or not math.isfinite(
-      line.get("train/gradient_norm", 0.0)
-    ):
+    if not math.isfinite(line.get("train/loss", 0.0)) or not math.isfinite(line.get("train/gradient_norm", 0.0)):
       path = workdir / f"nan_batch_{line['step']}.npz"
       batch = recent[line["step"]]
       fields = {f.name: np.asarray(getattr(batch, f.name)) for f in dataclasses.fields(batch)}

@@ -7,47 +7,22 @@ solutions. Ends by printing the sampled accuracy on held-out prompts, as one
 JSON object on the last line.
 """
 
-import dataclasses
 import functools
 import json
 
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from tqdm import tqdm
 
-from rredcot_jax import checkpoint, evaluation, sharding, tasks, train_step, types
+from rredcot_jax import checkpoint, evaluation, sharding, tasks, train_step
 from rredcot_jax import config as config_lib
 from rredcot_jax.model import decoder
-from rredcot_jax.tasks import batching, chain
+from rredcot_jax.tasks import batching
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 OUTPUT = flags.DEFINE_string("output", None, "The safetensors file to write.")
-
-
-def corpus_batch(task: tasks.Task, config: ConfigDict, step: int) -> types.TrainBatch:
-  """The `step`-th batch of supervised traces, a function of the seed and the step."""
-  start = config.warm_start
-  rng = np.random.default_rng([config.seed, step])
-  examples = [task[int(i)] for i in rng.integers(len(task), size=start.batch_size)]
-  traces = []
-  for example in examples:
-    if isinstance(task, chain.Chain):
-      text = chain.teacher_trace(example, rng, wrong_share=start.wrong_share, early_share=start.early_share)
-      thought, _, answer = text.partition(tasks.THINK_CLOSE)
-      example = dataclasses.replace(example, steps=(thought,), answer=answer)
-    steps = [token for step in tasks.solution_ids(task.tokenizer, example) for token in step]
-    traces.append([*steps, *tasks.exit_ids(task.tokenizer), *tasks.answer_ids(task.tokenizer, example)])
-  prompt_tokens, prompt_mask = batching.prompt_arrays(task, examples, config.rollout.max_prompt_tokens)
-  tokens, mask = batching.pad(
-    traces, config.rollout.max_tokens, side="right", pad_id=task.tokenizer.pad_token_id, what="trace"
-  )
-  zeros = np.zeros(tokens.shape, np.float32)
-  return types.TrainBatch(
-    prompt_tokens=prompt_tokens, prompt_mask=prompt_mask, tokens=tokens, mask=mask, loss_mask=mask,
-    old_log_probs=zeros, reference_log_probs=zeros, advantages=zeros,
-  )  # fmt: skip
 
 
 def main(_) -> None:
@@ -63,14 +38,19 @@ def main(_) -> None:
     weight_decay=config.optimizer.weight_decay, max_grad_norm=config.optimizer.max_grad_norm,
   )  # fmt: skip
   state = train_step.init_state(decoder.init(model, jax.random.key(config.seed)), optimizer)
-  update = jax.jit(
-    functools.partial(train_step.supervised_update, config=model, optimizer=optimizer), donate_argnums=0
-  )
+  update = jax.jit(functools.partial(train_step.supervised_update, config=model, optimizer=optimizer), donate_argnums=0)
 
   # ---- Supervised updates ------------------------------------------------------------------
   progress = tqdm(range(start.num_steps), desc="warm start", mininterval=1.0)
   for step in progress:
-    state, metrics = update(state, corpus_batch(task, config, step))
+    state, metrics = update(
+      state,
+      batching.supervised_batch(
+        task, np.random.default_rng([config.seed, step]), batch_size=start.batch_size,
+        max_prompt_tokens=config.rollout.max_prompt_tokens, max_tokens=config.rollout.max_tokens,
+        wrong_share=start.wrong_share, early_share=start.early_share,
+      ),
+    )  # fmt: skip
     if step % 50 == 0:
       progress.set_postfix(loss=f"{float(metrics['loss']):.3f}")
 
@@ -80,7 +60,7 @@ def main(_) -> None:
   result = evaluation.evaluate(
     state.params, model, held_out, sharding.make_mesh(), jax.random.key(config.seed),
     num_prompts=config.evaluation.num_prompts, samples=config.evaluation.samples,
-    rows=rollout.prompts_per_step * rollout.group_size, max_prompt_tokens=rollout.max_prompt_tokens,
+    rows=config.evaluation.rows, max_prompt_tokens=rollout.max_prompt_tokens,
     max_tokens=rollout.max_tokens, temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p,
   )  # fmt: skip
   print(json.dumps({"output": OUTPUT.value, "loss": float(metrics["loss"]), **result}))

@@ -29,13 +29,9 @@ class Checkpointer:
       ValueError: if `keep` < 2: a damaged newest checkpoint could not be passed over.
     """
     if keep < 2:
-      raise ValueError(
-        f"checkpoint.keep={keep} must be at least 2, so that a damaged one can be passed over."
-      )
+      raise ValueError(f"checkpoint.keep={keep} must be at least 2, so that a damaged one can be passed over.")
     self._directory = pathlib.Path(directory).absolute()
-    self._options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, enable_async_checkpointing=True
-    )
+    self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
     self._manager = ocp.CheckpointManager(self._directory, options=self._options)
 
   def save(self, step: int, state: Any, data: dict) -> None:
@@ -122,9 +118,7 @@ def load_params(path: str | os.PathLike, abstract_params: Any) -> Any:
   if not path.exists() and path.parent == pathlib.Path("."):
     path = pathlib.Path(__file__).parent / "assets" / path
   if not path.is_file():
-    raise FileNotFoundError(
-      f"no parameters at {path}: check initial_params, or make the file with warm_start.py."
-    )
+    raise FileNotFoundError(f"no parameters at {path}: check initial_params, or make the file with warm_start.py.")
   try:
     flat = safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:

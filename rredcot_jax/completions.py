@@ -86,9 +86,7 @@ def make_bank(
     raise ValueError(f"max_tokens={max_tokens} and bank_size={bank_size} must be at least 1.")
   needed = fallback if name == "rollouts" else name
   if needed in ("solution", "suffix") and not all(reference.steps for reference in references):
-    raise ValueError(
-      f"bank {needed!r} needs reference solutions and this task has none: use 'answer' or 'rollouts'."
-    )
+    raise ValueError(f"bank {needed!r} needs reference solutions and this task has none: use 'answer' or 'rollouts'.")
   batch = len(references)
   if name == "rollouts":
     k_max, n = np.shape(segments.ends)[1], bank_size

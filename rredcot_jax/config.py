@@ -37,9 +37,7 @@ def default_config() -> ConfigDict:
   config.model.qkv_bias = False
   config.model.qk_norm = False
   config.model.tied_embeddings = True
-  config.initial_params = (
-    ""  # A safetensors file, by path or by name under rredcot_jax/assets; "" starts at random.
-  )
+  config.initial_params = ""  # A safetensors file, by path or by name under rredcot_jax/assets; "" starts at random.
 
   config.rollout = ConfigDict()
   config.rollout.prompts_per_step = 16
@@ -63,9 +61,7 @@ def default_config() -> ConfigDict:
   config.credit.max_completion_tokens = 56  # Room for a completion; longer ones are left out, and counted.
   config.credit.bank_size = 4  # Most completions a state, for the rollouts bank.
   config.credit.force_exit = False  # Score completions as if the thought had been left already.
-  config.credit.fallback = (
-    "uniform"  # Where the rollouts bank is empty: "uniform", or a reference bank's name.
-  )
+  config.credit.fallback = "uniform"  # Where the rollouts bank is empty: "uniform", or a reference bank's name.
   config.credit.form = "plain"  # values.FORMS
   config.credit.max_weight = 1.0  # Cap of an importance weight, for the truncated form.
   config.credit.initial_value = "baseline"  # redistribution.INITIAL_VALUES
@@ -97,6 +93,7 @@ def default_config() -> ConfigDict:
   config.evaluation = ConfigDict()
   config.evaluation.every = 20  # Steps; the first and the last state are always evaluated.
   config.evaluation.num_prompts = 256  # Held out, the same at every evaluation.
+  config.evaluation.rows = 128  # Traces sampled at once.
   config.evaluation.samples = 4  # A prompt; pass@1 and pass@samples are reported.
 
   config.checkpoint = ConfigDict()

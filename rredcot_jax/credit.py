@@ -39,9 +39,7 @@ class CreditRule:
 
 def group_advantages(returns: chex.Array, rule: CreditRule) -> chex.Array:
   """[B] group-relative advantages of [B] returns, rows of a group together."""
-  grouped = jax.vmap(
-    functools.partial(advantages.group_advantages, baseline=rule.baseline, scale=rule.advantage_scale)
-  )
+  grouped = jax.vmap(functools.partial(advantages.group_advantages, baseline=rule.baseline, scale=rule.advantage_scale))
   return grouped(returns.reshape(-1, rule.group_size)).reshape(-1)
 
 
@@ -86,14 +84,10 @@ def assign_credit(
   )  # fmt: skip
   estimate = functools.partial(values.estimate_values, form=rule.form, max_weight=rule.max_weight)
   lengths = jnp.sum(completions.scored, axis=-1)
-  estimated, ess = jax.vmap(estimate)(
-    log_p, completions.utilities, completions.log_q, completions.valid, lengths
-  )
+  estimated, ess = jax.vmap(estimate)(log_p, completions.utilities, completions.log_q, completions.valid, lengths)
   redistribute = functools.partial(redistribution.redistribute, initial_value=rule.initial_value)
   rewards = jax.vmap(redistribute)(estimated, returns, segments.num_segments)
-  to_tokens = functools.partial(
-    advantages.token_advantages, mode=rule.mode, floor=rule.floor, scale=rule.scale
-  )
+  to_tokens = functools.partial(advantages.token_advantages, mode=rule.mode, floor=rule.floor, scale=rule.scale)
   token_advantages = jax.vmap(to_tokens)(rewards, group_advantages(returns, rule), segments)
   uniform = uniform_advantages(rollout.mask, returns, rule)
   return types.Credit(

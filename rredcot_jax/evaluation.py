@@ -22,9 +22,7 @@ def trace_texts(task: tasks.Task, rollout: types.Rollout) -> list[str]:
 def returns_of(task: tasks.Task, examples: Sequence[tasks.Example], rollout: types.Rollout) -> np.ndarray:
   """[B] float32 rewards of the verifier; example i belongs to trace i."""
   texts = trace_texts(task, rollout)
-  return np.array(
-    [task.reward(example, text) for example, text in zip(examples, texts, strict=True)], np.float32
-  )
+  return np.array([task.reward(example, text) for example, text in zip(examples, texts, strict=True)], np.float32)
 
 
 def evaluate(
@@ -45,17 +43,14 @@ def evaluate(
 ) -> dict[str, float]:
   """pass@1 and pass@`samples` on the first `num_prompts` prompts of `task`.
 
-  Runs in batches of `rows` traces, the training loop's own shape, so that nothing
-  is compiled for it; the last batch is filled up and the filling not counted.
+  Runs in batches of `rows` traces; the last is filled up and the filling not counted.
 
   Returns:
     eval/pass@1, eval/pass@1_se, eval/pass@k, eval/pass@k_se (standard errors over
     prompts), eval/length and eval/truncated.
   """
   if not 1 <= num_prompts <= len(task):
-    raise ValueError(
-      f"evaluation.num_prompts={num_prompts} must lie in [1, {len(task)}], the task's held-out prompts."
-    )
+    raise ValueError(f"evaluation.num_prompts={num_prompts} must lie in [1, {len(task)}], the task's held-out prompts.")
   examples = [task[i] for i in range(num_prompts) for _ in range(samples)]
   rewards, lengths, truncated = [], [], []
   for start in range(0, len(examples), rows):

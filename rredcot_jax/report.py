@@ -36,9 +36,7 @@ _POSITIVE, _NEGATIVE, _UNKNOWN = (107, 174, 214), (244, 148, 84), (236, 236, 236
 _WRONG = "#b3261e"
 _RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")  # Okabe and Ito
 _RUN_DASHES = ("-", "--", ":", "-.")
-_VALUE_LINE: dict[str, Any] = dict(
-  color="#1b1b1f", linewidth=1.3, marker="o", markersize=3.5, clip_on=False, zorder=4
-)
+_VALUE_LINE: dict[str, Any] = dict(color="#1b1b1f", linewidth=1.3, marker="o", markersize=3.5, clip_on=False, zorder=4)
 _RETURN_MARK: dict[str, Any] = dict(color="#1b1b1f", marker="D", markersize=6, clip_on=False, zorder=5)
 _SMOOTHING = 0.04  # of a run's length, the window of the smoothed curves
 _MAX_POINTS = 1000  # drawn of one curve
@@ -274,9 +272,7 @@ def _verdict(trace: Mapping) -> str:
 # ------------------------------------------------------------------------------------------ the HTML file
 
 
-def write_report(
-  runs: Mapping[str, Path], path: Path, *, title: str, summary: Sequence[Mapping] | None = None
-) -> None:
+def write_report(runs: Mapping[str, Path], path: Path, *, title: str, summary: Sequence[Mapping] | None = None) -> None:
   """Writes one self-contained HTML file about `runs` (name -> work directory) to `path`, atomically.
 
   Args:
@@ -320,9 +316,7 @@ def _table_html(rows: Sequence[Mapping]) -> str:
   numeric = {key: all(_is_number(row[key]) for row in rows if row.get(key) is not None) for key in columns}
 
   def line(tag: str, cells: Mapping[str, str]) -> str:
-    inside = (
-      f'<{tag} class="{"number" if numeric[key] else "text"}">{_html(cells[key])}</{tag}>' for key in columns
-    )
+    inside = (f'<{tag} class="{"number" if numeric[key] else "text"}">{_html(cells[key])}</{tag}>' for key in columns)
     return f"<tr>{''.join(inside)}</tr>"
 
   head = line("th", {key: key for key in columns})
@@ -504,9 +498,7 @@ def _curves(metrics: Mapping[str, list[dict]]) -> "Figure":
         ax.tick_params(length=0, labelleft=False, labelbottom=False)
       elif y_key == "train/step_seconds":
         ax.set_yscale("log")
-        ax.yaxis.set(
-          major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator()
-        )
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
       if x_key != "step":
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
   return figure
@@ -662,9 +654,7 @@ def _wrap(text: Any, width: int, limit: int) -> list[str]:
     width, tabsize=4, replace_whitespace=False, drop_whitespace=False, break_on_hyphens=False
   )
   lines = [line for piece in pieces for line in wrapper.wrap(piece) or [""]]
-  return (
-    lines if len(lines) <= limit else [*lines[: limit - 1], f"{lines[limit - 1][: width - 2].rstrip()} …"]
-  )
+  return lines if len(lines) <= limit else [*lines[: limit - 1], f"{lines[limit - 1][: width - 2].rstrip()} …"]
 
 
 def _one_line(text: Any, width: int) -> str:

@@ -16,9 +16,7 @@ from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 
 
-def sampling_log_probs(
-  logits: chex.Array, *, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> chex.Array:
+def sampling_log_probs(logits: chex.Array, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> chex.Array:
   """Log-probabilities of the distribution that is sampled from.
 
   softmax(logits / temperature), cut to the `top_k` likeliest tokens, then to the
@@ -124,9 +122,7 @@ def sample(
       tokens=rollout.tokens.at[:, t].set(token),
       mask=rollout.mask.at[:, t].set(jnp.logical_not(ended)),
       log_probs=rollout.log_probs.at[:, t].set(jnp.where(ended, 0.0, chosen)),
-      entropy=rollout.entropy.at[:, t].set(
-        jnp.where(ended, 0.0, entropy_of(logits, temperature=temperature))
-      ),
+      entropy=rollout.entropy.at[:, t].set(jnp.where(ended, 0.0, entropy_of(logits, temperature=temperature))),
     )
     mask = mask.at[:, width + t].set(jnp.logical_not(ended))
     ended = jnp.logical_or(ended, token == eos_id)

@@ -99,9 +99,7 @@ def vocab_tables(token_texts: Sequence[str], keywords: Sequence[Sequence[int]]) 
   """
   for n_gram in keywords:
     if not n_gram or not all(0 <= token < len(token_texts) for token in n_gram):
-      raise ValueError(
-        f"keyword {list(n_gram)!r} must be a non-empty n-gram of token ids in [0, {len(token_texts)})."
-      )
+      raise ValueError(f"keyword {list(n_gram)!r} must be a non-empty n-gram of token ids in [0, {len(token_texts)}).")
   longest = max((len(n_gram) for n_gram in keywords), default=0)
   padded = np.full((len(keywords), longest), -1, np.int32)
   for row, n_gram in zip(padded, keywords):
@@ -197,9 +195,7 @@ def segment(
   return _build(kept, mask, k_max, num_merged)
 
 
-def _check_options(
-  method: str, k_max: int, target: int | None, stride: int, threshold: float, num_tokens: int
-) -> int:
+def _check_options(method: str, k_max: int, target: int | None, stride: int, threshold: float, num_tokens: int) -> int:
   """Raises ValueError on a bad option; returns the most segments to leave."""
   types.check_option("method", method, METHODS)
   if k_max < 1:

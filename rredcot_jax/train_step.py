@@ -139,9 +139,7 @@ def compile_steps(
     segmentation_options: of `segmentation.segment`.
     loss_options: of `losses.policy_loss`.
   """
-  one: Callable[..., types.Segments] = functools.partial(
-    segmentation.segment, eos_id=eos_id, **segmentation_options
-  )
+  one: Callable[..., types.Segments] = functools.partial(segmentation.segment, eos_id=eos_id, **segmentation_options)
   cut = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
   if rule.needs_values:
     assign = lambda params, cache, *rest: credit.assign_credit(params, config, cache, *rest, rule=rule)
@@ -177,5 +175,5 @@ def _apply(
   (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = metrics | {"gradient_norm": optax.global_norm(gradient)}
+  metrics = metrics | {"gradient_norm": optax.tree.norm(gradient)}
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics

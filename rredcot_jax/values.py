@@ -69,9 +69,7 @@ def estimate_values(
     raise ValueError(f"max_weight={max_weight} must be > 0: it caps the importance weights.")
   chex.assert_rank([log_p, utilities, log_q, valid, lengths], 2)
   chex.assert_equal_shape([utilities, log_q, valid, lengths])
-  utilities, log_q, valid, lengths = (
-    jnp.broadcast_to(x, log_p.shape) for x in (utilities, log_q, valid, lengths)
-  )
+  utilities, log_q, valid, lengths = (jnp.broadcast_to(x, log_p.shape) for x in (utilities, log_q, valid, lengths))
   log_weights = jax.lax.stop_gradient(jnp.where(valid, log_p - log_q, 0.0)).astype(jnp.float32)
   if form == "length_normalised":
     log_weights = log_weights / jnp.maximum(lengths, 1)

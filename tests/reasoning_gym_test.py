@@ -69,14 +69,10 @@ def test_examples_depend_on_seed_split_and_index_alone(train):
 
 
 def test_questions_do_not_change_with_the_hash_seed(train):
-  script = (
-    f"from rredcot_jax import tasks; print(tasks.make_task({GSM!r}, split='train', size=9)[8].question)"
-  )
+  script = f"from rredcot_jax import tasks; print(tasks.make_task({GSM!r}, split='train', size=9)[8].question)"
   root = pathlib.Path(__file__).parent.parent
   environment = {**os.environ, "PYTHONHASHSEED": "123"}
-  printed = subprocess.run(
-    [sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, check=True
-  )
+  printed = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, check=True)
   assert printed.stdout.decode().strip() == train[8].question
 
 
@@ -125,9 +121,7 @@ def test_a_longer_answer_that_holds_the_right_one_earns_nothing():
     assert 0.0 < partial.reward(partial[0], response) < 1.0
 
 
-@pytest.mark.parametrize(
-  "dataset", ["gsm_symbolic", "chain_sum", "sudoku", "knights_knaves", "bitwise_arithmetic"]
-)
+@pytest.mark.parametrize("dataset", ["gsm_symbolic", "chain_sum", "sudoku", "knights_knaves", "bitwise_arithmetic"])
 def test_hostile_text_is_wrong_and_quickly_so(dataset):
   task = reasoning_gym.ReasoningGym(dataset, split="train", size=1)
   example = task[0]
@@ -199,9 +193,7 @@ def test_empty_task_is_refused(monkeypatch):
 
 
 def test_tokenizer_loads_offline_in_both_ways(tokenizer):
-  automatic = transformers.AutoTokenizer.from_pretrained(
-    str(reasoning_gym.TOKENIZER_DIR), local_files_only=True
-  )
+  automatic = transformers.AutoTokenizer.from_pretrained(str(reasoning_gym.TOKENIZER_DIR), local_files_only=True)
   assert automatic.get_vocab() == tokenizer.get_vocab()
   assert len(tokenizer) == 1024
   assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<eos>", "<think>", "</think>"]
@@ -276,9 +268,7 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def test_markers_that_a_tokenizer_does_not_call_special_stay_text_too():
   ordinary = byte_tokenizer()
-  ordinary.add_tokens(
-    [transformers.AddedToken(m, special=False) for m in (tasks.THINK_OPEN, tasks.THINK_CLOSE)]
-  )
+  ordinary.add_tokens([transformers.AddedToken(m, special=False) for m in (tasks.THINK_OPEN, tasks.THINK_CLOSE)])
   marker = ordinary.convert_tokens_to_ids(tasks.THINK_CLOSE)
   assert marker in ordinary.encode(SPECIAL_TEXT, split_special_tokens=True)
   example = tasks.Example(question=SPECIAL_TEXT, steps=(SPECIAL_TEXT,), answer=SPECIAL_TEXT)

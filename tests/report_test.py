@@ -107,9 +107,7 @@ def hostile_page(tmp_path):
 def test_hostile_text_makes_no_markup(hostile_page):
   assert {tag for tag, _ in hostile_page.elements} <= TAGS
   for _, attributes in hostile_page.elements:
-    assert not [
-      name for name in attributes if name.startswith("on") or name in ("src", "srcdoc", "formaction")
-    ]
+    assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcdoc", "formaction")]
 
 
 def test_hostile_text_is_shown_whole(hostile_page):
@@ -134,9 +132,7 @@ def test_the_page_loads_nothing(hostile_page):
 def test_same_runs_give_the_same_bytes_whatever_matplotlibrc_says(tmp_path):
   runs = {"grpo": make_run(tmp_path / "a", traces=[make_trace()])}
   first = write(tmp_path, runs).source
-  with matplotlib.rc_context(
-    {"font.size": 23, "axes.grid": False, "svg.hashsalt": "other", "axes.facecolor": "red"}
-  ):
+  with matplotlib.rc_context({"font.size": 23, "axes.grid": False, "svg.hashsalt": "other", "axes.facecolor": "red"}):
     assert write(tmp_path, runs).source == first
   assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
 

@@ -516,6 +516,4 @@ def test_bad_tables_are_refused():
     bad = TABLES.replace(newlines=TABLES.newlines[:-1])
     segmentation.segment(*args, bad, method="newline", k_max=4, eos_id=0)
   with pytest.raises(AssertionError):
-    segmentation.segment(
-      *args, TABLES.replace(keywords=TABLES.keywords[0]), method="whole", k_max=4, eos_id=0
-    )
+    segmentation.segment(*args, TABLES.replace(keywords=TABLES.keywords[0]), method="whole", k_max=4, eos_id=0)

@@ -1,4 +1,4 @@
-"""A run small enough for tests: two operations, 10k parameters, a few seconds."""
+"""A run small enough for tests: the shipped start, 16 rollouts a step, a few seconds."""
 
 from ml_collections import ConfigDict
 
@@ -7,21 +7,16 @@ from rredcot_jax.config import default_config
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
   config = default_config()
-  config.task.options.num_steps = 2
+  config.task.options.num_steps = 8
+  config.initial_params = "chain_warm_start.safetensors"
   config.num_steps = 6
-  config.model.width = 32
-  config.model.num_layers = 2
-  config.model.num_kv_heads = 2
-  config.model.head_dim = 8
-  config.model.mlp_width = 32
   config.rollout.prompts_per_step = 4
   config.rollout.group_size = 4
-  config.rollout.max_prompt_tokens = 8
-  config.rollout.max_tokens = 12
+  config.rollout.max_prompt_tokens = 18
+  config.rollout.max_tokens = 56
   config.segmentation.method = "hybrid"
   config.segmentation.k_max = 4
-  config.credit.max_completion_tokens = 16
-  config.optimizer.learning_rate = 1e-3
+  config.credit.max_completion_tokens = 51
   if arg == "rredcot":
     config.credit.mode = "difference"
     config.credit.bank = "suffix"
@@ -30,6 +25,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.evaluation.every = 3
   config.evaluation.num_prompts = 8
   config.evaluation.samples = 2
+  config.evaluation.rows = 16
   config.checkpoint.every = 2
   config.num_traces = 2
   return config

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import tiny_config
 import train
-import warm_start
 
 from rredcot_jax import checkpoint, losses, report, sampling, sharding, tasks, train_step
 from rredcot_jax import config as config_lib
 from rredcot_jax.model import decoder
+from rredcot_jax.tasks import batching
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -67,6 +67,7 @@ def test_run_writes_what_it_promises(uninterrupted):
   assert all(np.isfinite(line["train/loss"]) for line in lines if "train/loss" in line)
   tokens = [line["train/rollout_tokens"] for line in lines if "train/loss" in line]
   assert tokens == sorted(tokens) and tokens[0] > 0
+  assert all(0 < line["train/reward"] < 1 for line in lines if "train/loss" in line)
   traces = report.read_traces(uninterrupted / "traces.jsonl")
   assert len(traces) == 4
   for trace in traces:
@@ -82,7 +83,7 @@ def test_nothing_is_compiled_twice(uninterrupted):
   assert sampling.sample._cache_size() == before
 
 
-@pytest.mark.parametrize(("moment", "count"), [("step", 10), ("checkpoint", 2)])
+@pytest.mark.parametrize(("moment", "count"), [("step", 7), ("checkpoint", 2)])
 def test_killed_and_resumed_repeats_the_run(uninterrupted, moment, count):
   workdir = uninterrupted.parent / moment
   environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'experiments'}"}
@@ -138,7 +139,7 @@ def test_other_configuration_is_refused(uninterrupted):
   config = tiny_config.get_config()
   config.optimizer.learning_rate = 5e-4
   before = (uninterrupted / "config.json").read_bytes()
-  with pytest.raises(ValueError, match=r"optimizer.learning_rate \(0.001 there, 0.0005 here\)"):
+  with pytest.raises(ValueError, match=r"optimizer.learning_rate \(0.0001 there, 0.0005 here\)"):
     train.claim_workdir(uninterrupted, config, "test", resume=True)
   with pytest.raises(ValueError, match="noresume"):
     train.claim_workdir(uninterrupted, tiny_config.get_config(), "test", resume=False)
@@ -156,7 +157,7 @@ def test_nan_loss_stops_with_its_batch(tmp_path, monkeypatch):
   with pytest.raises(FloatingPointError, match="step 1 is not finite"):
     run(tiny_config.get_config(), tmp_path / "nan")
   batch = np.load(tmp_path / "nan" / "nan_batch_1.npz")
-  assert batch["tokens"].shape == (16, 12) and batch["mask"].any()
+  assert batch["tokens"].shape == (16, 56) and batch["mask"].any()
   assert not [path for path in (tmp_path / "nan" / "checkpoints").iterdir() if path.name.isdigit()]
 
 
@@ -220,7 +221,7 @@ def test_half_written_parameters_are_named(tmp_path):
 
 def test_real_questions_hold_the_path(tmp_path):
   config = load_config("gsm_symbolic_tiny", "rredcot")
-  config.model = tiny_config.get_config().model
+  config.model.width, config.model.num_layers = 32, 2
   config.num_steps, config.task.options.size = 2, 64
   config.rollout.max_tokens, config.credit.max_completion_tokens = 24, 256
   config.evaluation.num_prompts = 4
@@ -240,7 +241,10 @@ def test_golden_supervised_loss_of_the_shipped_start():
   abstract = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
   params = checkpoint.load_params(config.initial_params, abstract)
   optimizer = train_step.make_optimizer(decay_steps=None, **config.optimizer)
-  batch = warm_start.corpus_batch(task, config, 10_000)
+  batch = batching.supervised_batch(
+    task, np.random.default_rng(10_000), batch_size=64, max_prompt_tokens=18, max_tokens=56,
+    wrong_share=config.warm_start.wrong_share, early_share=config.warm_start.early_share,
+  )  # fmt: skip
   _, metrics = train_step.supervised_update(
     train_step.init_state(params, optimizer), batch, config=model, optimizer=optimizer
   )

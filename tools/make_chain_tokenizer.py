@@ -1,6 +1,6 @@
 """Writes the tokenizer of the embedded task: one token a character, in Hugging Face's format.
 
-    python tools/make_chain_tokenizer.py
+python tools/make_chain_tokenizer.py
 """
 
 import tokenizers

@@ -94,9 +94,7 @@ def num_params(config: ModelConfig) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def forward(
-  params: Params, config: ModelConfig, tokens: chex.Array, mask: chex.Array
-) -> tuple[chex.Array, Cache]:
+def forward(params: Params, config: ModelConfig, tokens: chex.Array, mask: chex.Array) -> tuple[chex.Array, Cache]:
   """Runs whole sequences, padded on either side.
 
   Args:

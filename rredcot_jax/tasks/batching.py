@@ -4,13 +4,15 @@ The iterator is Grain's: shuffled anew each epoch from the seed, endless, and
 its state is a small JSON object that a checkpoint carries.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import grain
 import numpy as np
 import transformers
 
-from rredcot_jax import completions, segmentation, tasks
+from rredcot_jax import completions, segmentation, tasks, types
+from rredcot_jax.tasks import chain
 
 
 def pad(rows: Sequence[Sequence[int]], width: int, *, side: str, pad_id: int, what: str) -> tuple:
@@ -33,9 +35,7 @@ def pad(rows: Sequence[Sequence[int]], width: int, *, side: str, pad_id: int, wh
   mask = np.zeros((len(rows), width), bool)
   for i, row in enumerate(rows):
     if len(row) > width:
-      raise ValueError(
-        f"{what} {i} has {len(row)} tokens and the room is {width}: raise that limit in the config."
-      )
+      raise ValueError(f"{what} {i} has {len(row)} tokens and the room is {width}: raise that limit in the config.")
     columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
     tokens[i, columns], mask[i, columns] = row, True
   return tokens, mask
@@ -60,6 +60,52 @@ def prompt_iterator(task: tasks.Task, batch_size: int, seed: int) -> grain.Datas
     )
   indices = grain.MapDataset.range(len(task)).shuffle(seed=seed).repeat().batch(batch_size)
   return iter(indices.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def supervised_batch(
+  task: tasks.Task,
+  rng: np.random.Generator,
+  *,
+  batch_size: int,
+  max_prompt_tokens: int,
+  max_tokens: int,
+  wrong_share: float,
+  early_share: float,
+) -> types.TrainBatch:
+  """Traces to imitate: the sloppy teacher's for `chain`, reference solutions elsewhere.
+
+  Args:
+    task: where examples are drawn from, uniformly.
+    rng: all the randomness.
+    batch_size: B.
+    max_prompt_tokens, max_tokens: P and T.
+    wrong_share, early_share: see `chain.teacher_trace`; read for `chain` alone.
+
+  Returns:
+    TrainBatch with numpy fields [B, ...]; what a supervised update does not read is 0.
+  """
+  examples = [task[int(i)] for i in rng.integers(len(task), size=batch_size)]
+  traces = []
+  for example in examples:
+    if isinstance(task, chain.Chain):
+      text = chain.teacher_trace(example, rng, wrong_share=wrong_share, early_share=early_share)
+      thought, _, answer = text.partition(tasks.THINK_CLOSE)
+      example = dataclasses.replace(example, steps=(thought,), answer=answer)
+    steps = [token for step in tasks.solution_ids(task.tokenizer, example) for token in step]
+    traces.append([*steps, *tasks.exit_ids(task.tokenizer), *tasks.answer_ids(task.tokenizer, example)])
+  prompt_tokens, prompt_mask = prompt_arrays(task, examples, max_prompt_tokens)
+  tokens, mask = pad(traces, max_tokens, side="right", pad_id=task.tokenizer.pad_token_id, what="trace")
+  zeros = np.zeros(tokens.shape, np.float32)
+  return types.TrainBatch(
+    prompt_tokens=prompt_tokens,
+    prompt_mask=prompt_mask,
+    tokens=tokens,
+    mask=mask,
+    loss_mask=mask,
+    old_log_probs=zeros,
+    reference_log_probs=zeros,
+    advantages=zeros,
+  )
 
 
 def references(task: tasks.Task, examples: Sequence[tasks.Example]) -> list[completions.Reference]:

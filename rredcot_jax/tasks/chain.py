@@ -123,9 +123,7 @@ def make_example(start: int, operations: Sequence[str]) -> tasks.Example:
   return tasks.Example(question=str(start) + "".join(operations), steps=tuple(steps), answer=str(value))
 
 
-def teacher_trace(
-  example: tasks.Example, rng: np.random.Generator, *, wrong_share: float, early_share: float
-) -> str:
+def teacher_trace(example: tasks.Example, rng: np.random.Generator, *, wrong_share: float, early_share: float) -> str:
   """A trace of the sloppy teacher, `</think>` and answer included.
 
   Args:

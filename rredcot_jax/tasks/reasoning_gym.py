@@ -66,9 +66,7 @@ _SCORER_READ = (
 
 _EVALUATES = "its scorer evaluates the answer as Python"
 _PARSES = "its scorer hands the answer to sympy's parser, which evaluates it as Python"
-_VARIES = (
-  "its questions change with PYTHONHASHSEED, so that a resumed run or another host would see other ones"
-)
+_VARIES = "its questions change with PYTHONHASHSEED, so that a resumed run or another host would see other ones"
 _WHY_REFUSED = {
   **dict.fromkeys(("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"), _EVALUATES),
   **dict.fromkeys(("countdown", "puzzle24", "simple_integration", "intermediate_integration"), _PARSES),
@@ -177,9 +175,7 @@ class ReasoningGym:
       return 0.0
     try:
       score = float(self._library.score_answer(answer, example.entry))
-    except (
-      Exception
-    ):  # A scorer trips over text that it cannot read: a wrong answer, and no reason to end a run.
+    except Exception:  # A scorer trips over text that it cannot read: a wrong answer, and no reason to end a run.
       return 0.0
     if score == 1.0:
       return 1.0
@@ -213,12 +209,8 @@ def _check_dataset(dataset: str) -> None:
   types.check_option("dataset", dataset, DATASETS)
 
 
-def _make_library_dataset(
-  dataset: str, seed: int, size: int, options: Mapping[str, Any]
-) -> ProceduralDataset:
-  fields = [
-    f.name for f in dataclasses.fields(_LIBRARY_DATASETS[dataset][1]) if f.name not in ("seed", "size")
-  ]
+def _make_library_dataset(dataset: str, seed: int, size: int, options: Mapping[str, Any]) -> ProceduralDataset:
+  fields = [f.name for f in dataclasses.fields(_LIBRARY_DATASETS[dataset][1]) if f.name not in ("seed", "size")]
   for option in options:
     types.check_option(f"option of {dataset}", option, fields)
   try:
