@@ -203,7 +203,7 @@ def _add_rollouts(
   if all were in the bank: failures contribute 0 without being scored, so the
   utilities of those put in carry the factor (successes at k) / G_k.
   """
-  batch, k_max, n, _ = builder.tokens.shape
+  batch, _, n, _ = builder.tokens.shape
   if batch % group_size:
     raise ValueError(f"{batch} traces do not make groups of {group_size}.")
   tokens, log_probs = np.asarray(rollout.tokens), np.asarray(rollout.log_probs)

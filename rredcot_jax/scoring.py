@@ -133,7 +133,7 @@ def score_generic(
     [B, K, N] float32 in nats; 0 where the state or the completion does not exist.
   """
   k_max = segments.ends.shape[1]
-  _, bank_k, n, s = completions.tokens.shape
+  _, _, n, s = completions.tokens.shape
   width = rollout.prompt_tokens.shape[1]
 
   def score_state(rows: tuple) -> chex.Array:

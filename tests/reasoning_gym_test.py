@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 import dataclasses
 import os
 import pathlib
@@ -216,7 +217,7 @@ def test_layout_of_a_trace(train, tokenizer):
   steps = tasks.solution_ids(tokenizer, example)
   assert tuple(tasks.decode(tokenizer, ids) for ids in steps) == example.steps
   assert tasks.answer_ids(tokenizer, example)[-1] == 1
-  trace = sum(steps, []) + tasks.exit_ids(tokenizer) + tasks.answer_ids(tokenizer, example)
+  trace = [token for step in steps for token in step] + tasks.exit_ids(tokenizer) + tasks.answer_ids(tokenizer, example)
   assert train.reward(example, tasks.decode(tokenizer, trace[:-1])) == 1.0
 
 

@@ -79,8 +79,10 @@ def main(_: Any) -> None:
   credits = jax.device_get(steps.assign(params, cache, rollout, segments, bank.completions, returns, bank.fallback))
 
   # ---- Show --------------------------------------------------------------------------------
-  rows = [evaluation.trace_record(step, task, example, *jax.tree.map(lambda x: x[i], (host, host_segments, credits)),
-                                  returns[i]) for i in range(len(examples))]  # fmt: skip
+  rows = []
+  for i, return_ in enumerate(returns):
+    one = jax.tree.map(lambda x, i=i: x[i], (host, host_segments, credits))
+    rows.append(evaluation.trace_record(step, task, example, *one, return_))
   rows.sort(key=lambda trace: trace["return"], reverse=True)
   shown = rows if COUNT.value >= len(rows) else [*rows[: COUNT.value - 1], rows[-1]]
   for trace in shown:

@@ -29,7 +29,7 @@ from rredcot_jax import tasks, types
 from rredcot_jax.tasks import verifiers
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "assets" / "chain_tokenizer"
-OPERATIONS = tuple(f"{s}{d}" for s in "+-" for d in range(1, 10)) + ("*3", "*7", "*9")
+OPERATIONS = (*(f"{s}{d}" for s in "+-" for d in range(1, 10)), "*3", "*7", "*9")
 SPLITS = ("train", "eval")
 
 # One question in this many, by a hash of its text, is kept for evaluation alone.
