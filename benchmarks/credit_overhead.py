@@ -50,7 +50,7 @@ class Step:
     self.model = config_lib.model_config(config, len(self.task.tokenizer))
     self.tables = batching.vocab_tables(self.task.tokenizer)
     self.mesh = sharding.make_mesh()
-    optimizer = train_step.make_optimizer(decay_steps=None, **config.optimizer)
+    optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
     abstract = jax.eval_shape(lambda: decoder.init(self.model, jax.random.key(0)))
     params = checkpoint.load_params(config.initial_params, abstract)
     # The branch and the baseline share one state, which is never donated here: each repetition starts alike.

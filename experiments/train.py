@@ -68,7 +68,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
   # ---- State on the mesh -------------------------------------------------------------------
   mesh = sharding.make_mesh(**config.mesh)
-  optimizer = train_step.make_optimizer(decay_steps=None, **config.optimizer)
+  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
   abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, policy_key), optimizer))
   placement = sharding.infer(mesh, abstract)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)

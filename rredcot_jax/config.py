@@ -86,7 +86,8 @@ def default_config() -> ConfigDict:
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 1e-4
-  config.optimizer.warmup_steps = 5
+  config.optimizer.warmup_steps = 5  # Updates until the peak.
+  config.optimizer.cosine = True  # Fall to a tenth of the peak at the last update, instead of staying there.
   config.optimizer.weight_decay = 0.0
   config.optimizer.max_grad_norm = 1.0
 
@@ -145,6 +146,13 @@ def bank_options(config: ConfigDict) -> dict[str, Any]:
     "with_failures": config.credit.form == "self_normalised",
     **{name: config.credit[name] for name in names},
   }
+
+
+def optimizer_options(config: ConfigDict) -> dict[str, Any]:
+  """Keyword arguments of `train_step.make_optimizer`."""
+  options = config.optimizer.to_dict()
+  updates = config.num_steps * config.loss.updates_per_rollout
+  return {"decay_steps": updates if options.pop("cosine") else None, **options}
 
 
 def segmentation_options(config: ConfigDict) -> dict[str, Any]:

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 import dataclasses
 import os
 import pathlib
@@ -33,17 +32,16 @@ def tokenizer(train) -> transformers.PreTrainedTokenizerFast:
 
 def test_golden_example(train):
   # Changes with the library's generators (0.1.25 here) and with `split_of`; update it for no other reason.
-  example = train[1]
+  example = train[27]
   assert example.question == (
-    "Amelia is learning to write and decides to keep re-writing the arabic abjad (with 28 letters) until she knows it. She writes it in full 4, writes 0.25 of it once, then re-writes everything she has already written. How many letters has Amelia written in total? Give the result as your final answer. Do not include units."
+    "A kid has 16 marbles. His cousin has 2 fewer marbles than he has. How many marbles do they have together? "
+    "Give the result as your final answer. Do not include units."
   )
   assert example.steps == (
-    "Amelia has written the arabic abjad (with 28 letters) 4 time(s) which is a total of 28 * 4 = 112 letters.\n",
-    "She then writes 0.25 the arabic abjad (with 28 letters), which is 28 * 0.25 = 7 letters.\n",
-    "So far, this is a total of 112 + 7 = 119 letters.\n",
-    "Writing this again means she has doubled the number of letters she has written, so she has written a total of 119 * 2 = 238 letters.\n",
+    "His cousin has 16 - 2 = 14 marbles.\n",
+    "Together, they have 16 + 14 = 30 marbles.\n",
   )
-  assert example.answer == "238"
+  assert example.answer == "30"
 
 
 def test_steps_join_to_the_reference_solution(train):
@@ -66,7 +64,7 @@ def test_examples_depend_on_seed_split_and_index_alone(train):
   again = tasks.make_task(GSM, split="train", size=17)
   assert [again[i] for i in reversed(range(17))] == [train[i] for i in reversed(range(17))]
   other = tasks.make_task(GSM, split="train", size=17, seed=1)
-  assert not {e.question for e in other} & {train[i].question for i in range(17)}
+  assert not {other[i].question for i in range(17)} & {train[i].question for i in range(17)}
 
 
 def test_questions_do_not_change_with_the_hash_seed(train):
@@ -81,7 +79,8 @@ def test_questions_do_not_change_with_the_hash_seed(train):
 @pytest.mark.parametrize("dataset, size", [("gsm_symbolic", 300), ("chain_sum", 100), ("count_bits", 100)])
 def test_no_eval_question_is_in_train(dataset, size):
   def questions(split, seed):
-    return {e.question for e in reasoning_gym.ReasoningGym(dataset, split=split, size=size, seed=seed)}
+    task = reasoning_gym.ReasoningGym(dataset, split=split, size=size, seed=seed)
+    return {task[i].question for i in range(size)}
 
   train = questions("train", 0) | questions("train", 1)
   assert len(train) > size
@@ -113,10 +112,9 @@ def test_scorers_differ_where_documented():
 
 
 def test_a_longer_answer_that_holds_the_right_one_earns_nothing():
-  options = {"split": "train", "size": 1}
   for dataset in ("count_bits", "chain_sum"):
-    strict = reasoning_gym.ReasoningGym(dataset, **options)
-    partial = reasoning_gym.ReasoningGym(dataset, partial_credit=True, **options)
+    strict = reasoning_gym.ReasoningGym(dataset, split="train", size=1)
+    partial = reasoning_gym.ReasoningGym(dataset, split="train", size=1, partial_credit=True)
     response = f"</think>{strict[0].answer}7"
     assert strict.reward(strict[0], response) == 0.0
     assert 0.0 < partial.reward(partial[0], response) < 1.0

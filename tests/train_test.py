@@ -44,7 +44,7 @@ def untimed(workdir):
 def saved_params(workdir, step):
   config = tiny_config.get_config()
   model = config_lib.model_config(config, len(tasks.make_task("chain", split="train").tokenizer))
-  optimizer = train_step.make_optimizer(decay_steps=None, **config.optimizer)
+  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
   state = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
   placement = sharding.infer(sharding.make_mesh(), state)
   state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placement)
@@ -240,7 +240,7 @@ def test_golden_supervised_loss_of_the_shipped_start():
   model = config_lib.model_config(config, len(task.tokenizer))
   abstract = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
   params = checkpoint.load_params(config.initial_params, abstract)
-  optimizer = train_step.make_optimizer(decay_steps=None, **config.optimizer)
+  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
   batch = batching.supervised_batch(
     task, np.random.default_rng(10_000), batch_size=64, max_prompt_tokens=18, max_tokens=56,
     wrong_share=config.warm_start.wrong_share, early_share=config.warm_start.early_share,

@@ -40,7 +40,7 @@ def main(_: Any) -> None:
   mesh = sharding.make_mesh(**config.mesh)
 
   # ---- Parameters --------------------------------------------------------------------------
-  optimizer = train_step.make_optimizer(decay_steps=None, **config.optimizer)
+  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
   abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
   placement = sharding.infer(mesh, abstract)
   if WORKDIR.value:

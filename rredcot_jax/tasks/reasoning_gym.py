@@ -41,27 +41,14 @@ _CANDIDATES = 64
 
 # Data sets whose own scorer was read in version 0.1.19 of the library's source (0.1.25 of its package): it compares
 # strings or reads numbers with int, float or Decimal, in time linear in an answer that is capped in length.
-_SCORER_READ = (
-  *(
-    "ab",
-    "bitwise_arithmetic",
-    "chain_sum",
-    "circuit_logic",
-    "color_cube_rotation",
-    "decimal_chain_sum",
-    "dice",
-  ),
-  *(
-    "emoji_mystery",
-    "family_relationships",
-    "futoshiki",
-    "gsm_symbolic",
-    "knights_knaves",
-    "manipulate_matrix",
-  ),
-  *("mini_sudoku", "needle_haystack", "number_format", "palindrome_generation", "path_star", "products"),
-  *("rectangle_count", "self_reference", "sentence_reordering", "shortest_path", "spell_backward", "sudoku"),
-  *("tsumego", "word_sorting", "zebra_puzzles"),
+_SCORER_READ = frozenset(
+  """
+  ab bitwise_arithmetic chain_sum circuit_logic color_cube_rotation decimal_chain_sum dice
+  emoji_mystery family_relationships futoshiki gsm_symbolic knights_knaves manipulate_matrix
+  mini_sudoku needle_haystack number_format palindrome_generation path_star products rectangle_count
+  self_reference sentence_reordering shortest_path spell_backward sudoku tsumego word_sorting
+  zebra_puzzles
+  """.split()
 )
 
 _EVALUATES = "its scorer evaluates the answer as Python"
