@@ -149,7 +149,7 @@ def test_scores_outside_the_unit_interval_are_not_passed_on(score, monkeypatch):
   [
     ("binary_matrix", "evaluates the answer as Python"),
     ("countdown", "sympy"),
-    ("coin_flip", "never returns"),
+    ("coin_flip", "takes hours"),
     ("game_of_life_halting", "any answer"),
     ("word_ladder", "PYTHONHASHSEED"),
     ("rush_hour", "has not been read"),

@@ -59,7 +59,7 @@ _WHY_REFUSED = {
   **dict.fromkeys(("countdown", "puzzle24", "simple_integration", "intermediate_integration"), _PARSES),
   "polynomial_multiplication": _PARSES,
   **dict.fromkeys(("isomorphic_strings", "list_functions", "ransom_note", "word_ladder"), _VARIES),
-  "coin_flip": "its scorer writes out numbers such as 1e999999999 and so never returns",
+  "coin_flip": "its scorer writes out numbers such as 1e999999999, which takes hours",
   "game_of_life_halting": "its scorer gives full marks to any answer",
 }
 
