@@ -1,0 +1,122 @@
+"""Sampling: recorded log-probabilities, cuts of the distribution, rows on their own, endings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rredcot_jax import sampling, scoring, sharding
+from rredcot_jax.model import decoder
+from rredcot_jax.model.config import ModelConfig
+
+CONFIG = ModelConfig(vocab_size=13, width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=32)
+PARAMS = decoder.init(CONFIG, jax.random.key(0))
+PROMPT_MASK = np.arange(5) >= np.array([0, 2, 4, 1])[:, None]
+PROMPTS = np.where(PROMPT_MASK, np.random.default_rng(0).integers(2, 13, (4, 5)), 0).astype(np.int32)
+
+
+def draw(prompts=PROMPTS, mask=PROMPT_MASK, seed=0, **options):
+  options = {"max_tokens": 20, "eos_id": 1, "pad_id": 0} | options
+  return sampling.sample(PARAMS, CONFIG, prompts, mask, jax.random.key(seed), **options)[0]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_recorded_log_probs_are_the_training_forwards(temperature):
+  rollout = draw(temperature=temperature)
+  log_probs, entropy = scoring.trace_log_probs(PARAMS, CONFIG, rollout, temperature=temperature)
+  np.testing.assert_allclose(rollout.log_probs, log_probs, atol=1e-4)
+  np.testing.assert_allclose(rollout.entropy, entropy, atol=1e-4)
+  assert np.asarray(rollout.log_probs)[np.asarray(rollout.mask)].max() < 0
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.6), (5, 0.7)])
+def test_recorded_log_probs_are_those_of_the_cut_distribution(top_k, top_p):
+  rollout = draw(top_k=top_k, top_p=top_p)
+  tokens = np.concatenate([PROMPTS, rollout.tokens], axis=1)
+  mask = np.concatenate([PROMPT_MASK, rollout.mask], axis=1)
+  logits = np.asarray(decoder.logits(PARAMS, decoder.forward(PARAMS, CONFIG, tokens, mask)[0]), np.float64)
+  checked = 0
+  for b, t in np.argwhere(np.asarray(rollout.mask)):
+    p = np.exp(logits[b, 4 + t] - logits[b, 4 + t].max())
+    order = np.argsort(-p)
+    p = p / p.sum()
+    if top_k:
+      p[order[top_k:]] = 0
+      p = p / p.sum()
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= top_p]] = 0
+    p = p / p.sum()
+    token = int(rollout.tokens[b, t])
+    assert p[token] > 0
+    assert float(rollout.log_probs[b, t]) == pytest.approx(np.log(p[token]), abs=1e-4)
+    checked += 1
+  assert checked > 10
+
+
+def test_cut_distribution_by_hand():
+  logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+  probs = lambda **options: np.exp(sampling.sampling_log_probs(logits, temperature=1.0, **options))
+  np.testing.assert_allclose(probs(), [0.5, 0.3, 0.15, 0.05], atol=1e-6)
+  np.testing.assert_allclose(probs(top_k=2), [0.625, 0.375, 0, 0], atol=1e-6)
+  np.testing.assert_allclose(probs(top_p=0.79), [0.625, 0.375, 0, 0], atol=1e-6)
+  np.testing.assert_allclose(probs(top_p=0.5), [1, 0, 0, 0], atol=1e-6)
+  np.testing.assert_allclose(probs(top_p=0.81), np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=1e-6)
+  half = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
+  np.testing.assert_allclose(np.exp(sampling.sampling_log_probs(logits, temperature=0.5)), half / half.sum(), atol=1e-6)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+  whole = draw()
+  changed = PROMPTS.copy()
+  changed[0] = 3
+  other = draw(prompts=changed)
+  np.testing.assert_array_equal(whole.tokens[1:], other.tokens[1:])
+  assert not np.array_equal(draw(seed=1).tokens, whole.tokens)
+  np.testing.assert_array_equal(draw().tokens, whole.tokens)
+
+
+def test_rows_of_one_prompt_differ():
+  rollout = draw(prompts=np.repeat(PROMPTS[:1], 4, 0), mask=np.repeat(PROMPT_MASK[:1], 4, 0))
+  assert len({tuple(row) for row in np.asarray(rollout.tokens).tolist()}) == 4
+
+
+def test_traces_end_with_eos_or_are_truncated():
+  seen = set()
+  for seed in range(6):
+    rollout = jax.device_get(draw(seed=seed, max_tokens=12))
+    for tokens, mask, truncated in zip(rollout.tokens, rollout.mask, rollout.truncated):
+      length = mask.sum()
+      assert mask[:length].all() and (tokens[length:] == 0).all()
+      assert truncated == (1 not in tokens[:length])
+      assert (tokens[: length - 1] != 1).all()
+      assert length == 12 or tokens[length - 1] == 1
+      seen.add(bool(truncated))
+  assert seen == {True, False}
+
+
+def test_first_tokens_follow_the_softmax():
+  n = 4096
+  prompts, mask = np.repeat(PROMPTS[:1], n, 0), np.repeat(PROMPT_MASK[:1], n, 0)
+  rollout = draw(prompts=prompts, mask=mask, max_tokens=1)
+  logits = decoder.logits(PARAMS, decoder.forward(PARAMS, CONFIG, PROMPTS[:1], PROMPT_MASK[:1])[0][0, -1])
+  p = np.asarray(jax.nn.softmax(logits))
+  counts = np.bincount(np.asarray(rollout.tokens[:, 0]), minlength=13)
+  chi_square = ((counts - n * p) ** 2 / (n * p)).sum()
+  assert chi_square < 33  # 12 degrees of freedom, p = 0.001.
+
+
+def test_sharded_over_four_devices_equals_one():
+  mesh = sharding.make_mesh()
+  prompts, mask = sharding.put_batch(mesh, (PROMPTS, PROMPT_MASK))
+  sharded = draw(prompts=prompts, mask=mask)
+  assert len(sharded.tokens.sharding.device_set) == 4
+  np.testing.assert_array_equal(sharded.tokens, draw().tokens)
+  np.testing.assert_allclose(sharded.log_probs, draw().log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"), [({"temperature": 0.0}, "temperature=0"), ({"top_p": 0.0}, "top_p=0"), ({"top_k": 99}, "99")]
+)
+def test_bad_options_are_named(options, message):
+  with pytest.raises(ValueError, match=message):
+    draw(**options)
