@@ -1,0 +1,129 @@
+"""Placement by name, and the two updates on every kind of mesh against one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from rredcot_jax import losses, sharding, train_step, types
+from rredcot_jax.model import decoder
+from rredcot_jax.model.config import ModelConfig
+
+CONFIG = ModelConfig(
+  vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, qkv_bias=True,
+  tied_embeddings=False,
+)  # fmt: skip
+MESHES = [{"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 2, "tensor": 2}]
+# Plain descent: Adam divides by the gradient's size, which would blow rounding up to the step's.
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def make_state():
+  return train_step.init_state(decoder.init(CONFIG, jax.random.key(0)), OPTIMIZER)
+
+
+def make_batch():
+  rng = np.random.default_rng(0)
+  prompt_mask = np.arange(3) >= np.array([0, 2, 1, 0])[:, None]
+  mask = np.arange(6) < np.array([6, 2, 5, 3])[:, None]
+  noise = lambda: rng.normal(size=(4, 6)).astype(np.float32) * mask
+  return types.TrainBatch(
+    prompt_tokens=rng.integers(0, 16, (4, 3)).astype(np.int32),
+    prompt_mask=prompt_mask,
+    tokens=rng.integers(0, 16, (4, 6)).astype(np.int32),
+    mask=mask,
+    loss_mask=mask & (np.arange(6) != 1),
+    old_log_probs=-2.5 * mask + 0.1 * noise(),
+    reference_log_probs=-2.5 * mask + 0.1 * noise(),
+    advantages=noise(),
+  )
+
+
+UPDATES = {
+  "supervised": functools.partial(train_step.supervised_update, config=CONFIG, optimizer=OPTIMIZER),
+  "policy": functools.partial(
+    train_step.policy_update,
+    config=CONFIG,
+    optimizer=OPTIMIZER,
+    temperature=0.8,
+    loss=functools.partial(losses.policy_loss, loss="dapo", kl="k3", kl_coefficient=0.1),
+  ),
+}
+
+
+@functools.cache
+def alone(name):
+  """The update on one device."""
+  return jax.jit(UPDATES[name])(make_state(), make_batch())
+
+
+@pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_update_on_a_mesh_equals_one_device(name, axes):
+  mesh = sharding.make_mesh(**axes)
+  state = make_state()
+  placement = sharding.infer(mesh, state)
+  update = jax.jit(
+    UPDATES[name],
+    in_shardings=(placement, sharding.batch(mesh)),
+    out_shardings=(placement, sharding.replicated(mesh)),
+  )
+  together, metrics = update(jax.device_put(state, placement), sharding.put_batch(mesh, make_batch()))
+  expected, expected_metrics = alone(name)
+  assert len(together.params["blocks"]["query"].sharding.device_set) == 4
+  assert together.params["blocks"]["query"].addressable_shards[0].data.size < state.params["blocks"]["query"].size
+  moved = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), expected.params, state.params)
+  assert min(moved["embedding"], moved["head"], *moved["blocks"].values()) > 1e-5
+  for ours, theirs in zip(jax.tree.leaves((together, metrics)), jax.tree.leaves((expected, expected_metrics))):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_parameters_and_their_moments_are_placed_by_name():
+  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
+  state = jax.eval_shape(lambda: train_step.init_state(decoder.init(CONFIG, jax.random.key(0)), optax.adamw(1e-3)))
+  placed = sharding.infer(mesh, state)
+  for tree in (placed.params, placed.opt_state[0].mu, placed.opt_state[0].nu):
+    blocks = {name: leaf.spec for name, leaf in tree["blocks"].items()}
+    assert tree["embedding"].spec == tree["head"].spec == P("tensor", "fsdp")
+    assert blocks["query"] == blocks["key"] == blocks["value"] == P(None, "fsdp", "tensor", None)
+    assert blocks["out"] == P(None, "tensor", None, "fsdp")
+    assert blocks["gate"] == blocks["up"] == P(None, "fsdp", "tensor")
+    assert blocks["down"] == P(None, "tensor", "fsdp")
+    assert blocks["query_bias"] == blocks["mlp_norm"] == tree["final_norm"].spec == P()
+  assert placed.step.spec == placed.opt_state[0].count.spec == P()
+
+
+def test_an_axis_that_does_not_divide_is_left_out():
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=4)
+  leaf = jax.ShapeDtypeStruct((2, 16, 2, 4), jnp.float32)  # Two key heads, four devices.
+  assert sharding.infer(mesh, {"key": leaf, "query": leaf})["key"].spec == P(None, "fsdp", None, None)
+
+
+def test_batches_and_caches_split_their_rows():
+  mesh = sharding.make_mesh(data=2, fsdp=2)
+  rows = sharding.put_batch(mesh, np.arange(8.0).reshape(4, 2))
+  assert [shard.data.shape for shard in rows.addressable_shards] == [(1, 2)] * 4
+  np.testing.assert_array_equal(rows, np.arange(8.0).reshape(4, 2))
+  cache = jax.device_put(np.zeros((2, 4, 3, 2, 4)), sharding.cache(mesh))
+  assert {shard.data.shape for shard in cache.addressable_shards} == {(2, 1, 3, 2, 4)}
+
+
+@pytest.mark.parametrize("rows", [3, 6])
+def test_a_batch_that_does_not_divide_is_refused(rows):
+  mesh = sharding.make_mesh(data=2, fsdp=2)
+  with pytest.raises(ValueError, match=f"a batch of {rows} rows does not split over 4"):
+    sharding.put_batch(mesh, {"tokens": np.zeros((rows, 2))})
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1}, {"fsdp": 3}, {"tensor": 8}])
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(axes):
+  with pytest.raises(ValueError, match="devices and there are 4"):
+    sharding.make_mesh(**axes)
+
+
+def test_data_takes_the_devices_that_are_left():
+  assert dict(sharding.make_mesh(fsdp=2).shape) == {"data": 2, "fsdp": 2, "tensor": 1}
