@@ -100,7 +100,7 @@ class Step:
         self.tables.newlines,
         **config_lib.bank_options(config),
       )
-      placed = sharding.put_batch(self.mesh, (bank.completions, returns, bank.fallback))
+      placed = sharding.put_batch(self.mesh, (bank.completions, returns, bank.uniform_rows))
       credits = self.steps.assign(state.params, cache, rollout, segments, *placed)
       token_advantages = credits.advantages
       n, s = bank.completions.tokens.shape[2:]

@@ -140,7 +140,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         config.credit.bank, batching.references(train_task, examples), on_host, jax.device_get(segments), returns,
         tables.newlines, **config_lib.bank_options(config),
       )  # fmt: skip
-      placed = sharding.put_batch(mesh, (bank.completions, returns, bank.fallback))
+      placed = sharding.put_batch(mesh, (bank.completions, returns, bank.uniform_rows))
       credits = steps.assign(state.params, cache, rollout, segments, *placed)
       token_advantages = credits.advantages
     else:

@@ -39,8 +39,13 @@ class Bank:
   """The completions of a batch, and what had to be left out of them."""
 
   completions: Completions  # numpy, fields [B, K or 1, N, ...].
-  fallback: np.ndarray  # [B] bool, rows whose own bank was empty.
+  fallback: np.ndarray  # [B] bool, rows whose own bank held nothing useful.
   num_dropped: int  # Completions longer than max_tokens: left out, never cut.
+
+  @property
+  def uniform_rows(self) -> np.ndarray:
+    """[B] bool, rows that no bank could fill: they get uniform credit."""
+    return self.fallback & ~self.completions.valid.any(axis=(1, 2))
 
 
 def make_bank(
@@ -126,6 +131,11 @@ class _Builder:
     self.utilities[row, k, n], self.log_q[row, k, n] = utility, log_q
     return True
 
+  def clear(self, row: int) -> None:
+    """Empties every place of a row."""
+    for array in (self.tokens, self.lengths, self.unscored, self.utilities, self.log_q):
+      array[row] = 0
+
   def completions(self) -> Completions:
     place = np.arange(self.max_tokens)
     mask = place < self.lengths[..., None]
@@ -175,6 +185,9 @@ def _suffix(reference: Reference, prefix: np.ndarray, newlines: np.ndarray) -> l
   line_ends = np.flatnonzero(newlines[prefix] > 0)
   done = len(line_ends)
   offset = len(prefix) - (line_ends[-1] + 1 if done else 0)
+  written = prefix[len(prefix) - offset :].tolist()
+  if written and written == list(reference.exit[:offset]):
+    return ending[offset:]  # Cut inside an exit of several tokens.
   pieces = [*reference.steps[done:], ending]
   rest = list(pieces[0][offset:]) if len(pieces) > 1 else list(ending)
   return rest + [token for piece in pieces[1:] for token in piece]
@@ -217,12 +230,17 @@ def _add_rollouts(
     first = row // group_size * group_size
     # A trace's own suffix comes first, then its neighbours in turn, so that no trace is always left out.
     group = [first + (row - first + i) % group_size for i in range(group_size)]
-    empty[row] = not any(returns[j] > 0 for j in group)
     for k in range(num_segments[row]):
       present = [j for j in group if k < num_segments[j]]
       chosen = [j for j in present if with_failures or returns[j] > 0]
-      share = len(chosen) / len(present)
-      for place, j in enumerate(chosen[:n]):
+      fitting = [j for j in chosen if lengths[j] - starts[j, k] <= builder.max_tokens]
+      # A success that does not fit counts as a failure would: conservative, and counted.
+      builder.num_dropped += len(chosen) - len(fitting)
+      share = len(fitting) / len(present)
+      for place, j in enumerate(fitting[:n]):
         ids = tokens[j, starts[j, k] : lengths[j]].tolist()
         builder.add(row, k, place, ids, float(returns[j]) * share, float(log_q[j, starts[j, k]]))
+    empty[row] = not (builder.utilities[row] > 0).any()
+    if empty[row]:
+      builder.clear(row)
   return empty

@@ -81,7 +81,8 @@ def estimate_values(
   log_sum = masked_logsumexp(log_weights + log_utilities, useful, axis=-1)
   log_total = masked_logsumexp(log_weights, valid, axis=-1)
   count = jnp.sum(valid, axis=-1)
-  some = count > 0
+  # Where no completion has any likelihood at all the weights say nothing: value 0, sample size 0.
+  some = jnp.logical_and(count > 0, log_total != -jnp.inf)
   log_norm = log_total if form == "self_normalised" else jnp.log(jnp.maximum(count, 1).astype(jnp.float32))
   log_values = jnp.where(some, log_sum, -jnp.inf) - jnp.where(some, log_norm, 0.0)
   log_ess = 2 * log_total - masked_logsumexp(2 * log_weights, valid, axis=-1)

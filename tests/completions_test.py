@@ -114,6 +114,27 @@ def test_too_long_is_left_out_and_counted_never_cut():
   assert bank.completions.valid[0, :, 0].tolist() == [False, True, True]
 
 
+def test_a_success_that_does_not_fit_counts_as_none():
+  rows, ends = [[1, 7], [2, 2, 2, 7]], [[2], [4]]
+  bank = make("rollouts", rows, ends, returns=[1.0, 1.0], max_tokens=3)
+  assert bank.num_dropped == 2  # Once for each of the two rows.
+  np.testing.assert_allclose(bank.completions.utilities[0, 0], [0.5, 0, 0])
+  assert not bank.fallback.any()
+  nothing = make("rollouts", rows, ends, returns=[0.0, 1.0], max_tokens=3)
+  assert nothing.fallback.all() and nothing.uniform_rows.all()
+
+
+def test_a_reference_fallback_replaces_the_failures_and_is_not_uniform():
+  bank = make("rollouts", [[1, 7], [2, 7]], [[2], [2]], with_failures=True, fallback="answer")
+  assert bank.fallback.all() and not bank.uniform_rows.any()
+  assert bank.completions.valid[0, 0].tolist() == [True, False, False] and texts(bank, 0) == [[9, 5, 7]]
+
+
+def test_suffix_cut_inside_an_exit_of_several_tokens():
+  long_exit = [Reference(steps=REFERENCE.steps, exit=[9, 4], answer=[5, 7])]
+  assert texts(make("suffix", [[1, 2, 8, 9, 6, 7]], [[4, 6]], references=long_exit), 0)[1] == [4, 5, 7]
+
+
 def test_errors_name_the_fix():
   with pytest.raises(ValueError, match="did you mean 'suffix'"):
     make("sufix", [TRACE], [[9]])

@@ -48,10 +48,13 @@ class Toy:
     return [prefix for prefix in self.next if len(prefix) < LENGTH - 1]
 
 
+jitted = jax.jit(estimate_values, static_argnames=("form", "max_weight"))
+
+
 def estimate(log_p, utilities, log_q, form="plain", **options):
   arrays = [jnp.asarray(x, jnp.float32)[None] for x in (log_p, utilities, log_q)]
   valid, lengths = jnp.ones_like(arrays[0], bool), jnp.ones_like(arrays[0], jnp.int32)
-  values, _ = estimate_values(*arrays, valid, lengths, form=form, **options)
+  values, _ = jitted(*arrays, valid, lengths, form=form, **options)
   return float(values[0])
 
 
@@ -168,6 +171,14 @@ def test_empty_places_are_ignored_under_jit_and_vmap():
   np.testing.assert_allclose(ess, [[1.0, 0.0], [1 / 0.625, 2.0]], atol=1e-5)
   for row in range(2):
     np.testing.assert_allclose(estimate_values(*(x[row] for x in args))[0], values[row], atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["plain", "truncated", "self_normalised", "length_normalised"])
+def test_no_likelihood_at_all_is_zero_not_nan(form):
+  log_p = jnp.full((1, 2), -jnp.inf)
+  ones = jnp.ones((1, 2))
+  values, ess = estimate_values(log_p, ones, 0 * ones, ones > 0, ones.astype(int), form=form)
+  assert float(values[0]) == 0.0 and float(ess[0]) == 0.0
 
 
 def test_bad_options_are_named():

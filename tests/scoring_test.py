@@ -128,6 +128,33 @@ def test_the_traces_own_rest_has_its_own_log_probability():
   np.testing.assert_allclose(shared(rollout, segments, bank)[..., 0], expected, atol=1e-4)
 
 
+def test_trace_log_probs_are_those_of_decoding_step_by_step():
+  params, rollout, _, _ = case()
+  step = jax.jit(functools.partial(decoder.decode_step, params, CONFIG))
+  _, cache = decoder.forward(params, CONFIG, rollout.prompt_tokens, rollout.prompt_mask)
+  cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, T), (0, 0), (0, 0)]), cache)
+  tokens = np.concatenate([rollout.prompt_tokens, rollout.tokens], axis=1)
+  real = np.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
+  expected, entropy = np.zeros((B, T)), np.zeros((B, T))
+  for t in range(T):
+    column = P + t - 1
+    seen = real & (np.arange(P + T) <= column)
+    hidden, cache = step(cache, tokens[:, column], jnp.int32(column), seen)
+    logits = np.asarray(decoder.logits(params, hidden), np.float64) / TEMPERATURE
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected[:, t] = log_probs[np.arange(B), tokens[:, P + t]]
+    entropy[:, t] = -(np.exp(log_probs) * log_probs).sum(axis=1)
+  ours = scoring.trace_log_probs(params, CONFIG, rollout, temperature=TEMPERATURE)
+  np.testing.assert_allclose(ours[0], np.where(rollout.mask, expected, 0), atol=1e-4)
+  np.testing.assert_allclose(ours[1], np.where(rollout.mask, entropy, 0), atol=1e-4)
+
+
+def test_compiled_equals_eager():
+  _, rollout, segments, completions = case()
+  eager = shared(rollout, segments, completions)
+  np.testing.assert_allclose(jax.jit(shared)(rollout, segments, completions), eager, atol=1e-5)
+
+
 def test_the_samplers_cache_serves_as_well_as_a_forward_pass():
   params, rollout, _, completions = case()
   sampled, cache = sampling.sample(

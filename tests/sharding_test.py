@@ -22,6 +22,7 @@ MESHES = [{"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 2, "tensor": 2}]
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
+@functools.cache
 def make_state():
   return train_step.init_state(decoder.init(CONFIG, jax.random.key(0)), OPTIMIZER)
 

@@ -76,7 +76,7 @@ def main(_: Any) -> None:
     config.credit.bank, batching.references(task, examples), host, host_segments, returns, tables.newlines,
     **config_lib.bank_options(config),
   )  # fmt: skip
-  credits = jax.device_get(steps.assign(params, cache, rollout, segments, bank.completions, returns, bank.fallback))
+  credits = jax.device_get(steps.assign(params, cache, rollout, segments, bank.completions, returns, bank.uniform_rows))
 
   # ---- Show --------------------------------------------------------------------------------
   rows = []
