@@ -1,15 +1,12 @@
-"""The decoder against a plain numpy one, its cache against itself, and its placement on a mesh."""
+"""The decoder against a plain numpy one, its cache against itself."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
-from rredcot_jax import sharding, train_step, types
 from rredcot_jax.model import attention, decoder
 from rredcot_jax.model.config import ModelConfig
 
@@ -124,41 +121,3 @@ def test_merged_attention_is_one_softmax():
 def test_bad_sizes_are_named(change, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(LLAMA, **change)
-
-
-def test_parameters_are_placed_by_name():
-  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
-  placed = sharding.infer(mesh, jax.eval_shape(lambda: decoder.init(LLAMA, jax.random.key(0))))
-  assert placed["blocks"]["query"].spec == P(None, "fsdp", "tensor", None)
-  assert placed["blocks"]["down"].spec == P(None, "tensor", "fsdp")
-  assert placed["embedding"].spec == P(None, "fsdp")  # 11 does not split in two.
-  assert placed["blocks"]["mlp_norm"].spec == P()
-  with pytest.raises(ValueError, match="needs 8 devices"):
-    sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  with pytest.raises(ValueError, match="a batch of 3 rows"):
-    sharding.put_batch(mesh, np.zeros((3, 2)))
-
-
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 2, "tensor": 2}])
-def test_an_update_on_four_devices_equals_one(axes):
-  optimizer = train_step.make_optimizer(
-    learning_rate=1e-2, warmup_steps=1, decay_steps=None, weight_decay=0.1, max_grad_norm=1.0
-  )
-  state = train_step.init_state(params_of(LLAMA), optimizer)
-  rng = np.random.default_rng(0)
-  mask = np.arange(6) < rng.integers(2, 7, 4)[:, None]
-  zeros = np.zeros((4, 6), np.float32)
-  batch = types.TrainBatch(
-    prompt_tokens=rng.integers(0, 11, (4, 3)).astype(np.int32), prompt_mask=np.ones((4, 3), bool),
-    tokens=rng.integers(0, 11, (4, 6)).astype(np.int32), mask=mask, loss_mask=mask, old_log_probs=zeros,
-    reference_log_probs=zeros, advantages=zeros,
-  )  # fmt: skip
-  update = functools.partial(train_step.supervised_update, config=LLAMA, optimizer=optimizer)
-  alone, metrics = update(state, batch)
-  mesh = sharding.make_mesh(**axes)
-  placement = sharding.infer(mesh, state)
-  sharded = jax.jit(update, in_shardings=(placement, sharding.batch(mesh)), out_shardings=(placement, None))
-  together, their_metrics = sharded(jax.device_put(state, placement), sharding.put_batch(mesh, batch))
-  assert len(together.params["blocks"]["query"].sharding.device_set) == 4
-  assert float(metrics["loss"]) == pytest.approx(float(their_metrics["loss"]), abs=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), alone.params, together.params)
