@@ -56,8 +56,9 @@ def make_optimizer(
   if decay_steps is None:
     schedule = optax.linear_schedule(learning_rate / max(warmup_steps, 1), learning_rate, warmup_steps)
   else:
+    # A run shorter than its warm-up still has to fall at its end.
     schedule = optax.warmup_cosine_decay_schedule(
-      0.0, learning_rate, warmup_steps, decay_steps, end_value=learning_rate / 10
+      0.0, learning_rate, min(warmup_steps, decay_steps - 1), decay_steps, end_value=learning_rate / 10
     )
   # Block parameters are stacked over layers, so a norm's scale is a matrix by rank and must be told by name.
   decayed = lambda params: jax.tree_util.tree_map_with_path(
