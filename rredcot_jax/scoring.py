@@ -44,6 +44,7 @@ def trace_log_probs(
 
   Returns:
     [B, T] float32 log-probabilities and [B, T] float32 entropies, nats; 0 on padding.
+    The entropies carry no gradient.
   """
   tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
   mask = jnp.concatenate([batch.prompt_mask, batch.mask], axis=1)
@@ -51,9 +52,11 @@ def trace_log_probs(
   # The last prompt token predicts the first trace token; the last trace token predicts nothing here.
   width = batch.prompt_tokens.shape[1]
   logits = decoder.logits(params, hidden[:, width - 1 : -1]) / temperature
-  log_probs = jax.nn.log_softmax(logits, axis=-1)
-  entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-  chosen = jnp.take_along_axis(log_probs, batch.tokens[..., None], axis=-1)[..., 0]
+  # Over a large vocabulary memory traffic is the cost: only the chosen logit and the sum are kept for the gradient.
+  normaliser = jax.nn.logsumexp(logits, axis=-1)
+  chosen = jnp.take_along_axis(logits, batch.tokens[..., None], axis=-1)[..., 0] - normaliser
+  frozen, total = jax.lax.stop_gradient((logits, normaliser))
+  entropy = total - jnp.sum(jnp.exp(frozen - total[..., None]) * frozen, axis=-1)
   return jnp.where(batch.mask, chosen, 0.0), jnp.where(batch.mask, entropy, 0.0)
 
 

@@ -74,7 +74,7 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 
 def cache(mesh: Mesh) -> NamedSharding:
-  """A KV cache [L, B, C, KV, D], rows split as batches are."""
+  """A KV cache [L, B, KV, C, D], rows split as batches are."""
   return NamedSharding(mesh, P(None, _BATCH_AXES))
 
 

@@ -81,7 +81,7 @@ def test_decoding_equals_prefill(family):
   tokens = np.where(mask, np.random.default_rng(2).integers(0, 11, (2, 8)), 0).astype(np.int32)
   whole, _ = decoder.forward(params, config, tokens, mask)
   _, cache = decoder.forward(params, config, tokens[:, :5], mask[:, :5])
-  cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 3), (0, 0), (0, 0)]), cache)
+  cache = cache.extended(3)
   for column in range(5, 8):
     seen = mask & (np.arange(8) <= column)
     hidden, cache = decoder.decode_step(params, config, cache, tokens[:, column], jnp.int32(column), seen)

@@ -132,7 +132,7 @@ def test_trace_log_probs_are_those_of_decoding_step_by_step():
   params, rollout, _, _ = case()
   step = jax.jit(functools.partial(decoder.decode_step, params, CONFIG))
   _, cache = decoder.forward(params, CONFIG, rollout.prompt_tokens, rollout.prompt_mask)
-  cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, T), (0, 0), (0, 0)]), cache)
+  cache = cache.extended(T)
   tokens = np.concatenate([rollout.prompt_tokens, rollout.tokens], axis=1)
   real = np.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
   expected, entropy = np.zeros((B, T)), np.zeros((B, T))

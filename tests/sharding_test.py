@@ -109,8 +109,8 @@ def test_batches_and_caches_split_their_rows():
   rows = sharding.put_batch(mesh, np.arange(8.0).reshape(4, 2))
   assert [shard.data.shape for shard in rows.addressable_shards] == [(1, 2)] * 4
   np.testing.assert_array_equal(rows, np.arange(8.0).reshape(4, 2))
-  cache = jax.device_put(np.zeros((2, 4, 3, 2, 4)), sharding.cache(mesh))
-  assert {shard.data.shape for shard in cache.addressable_shards} == {(2, 1, 3, 2, 4)}
+  cache = jax.device_put(np.zeros((2, 4, 2, 3, 4)), sharding.cache(mesh))
+  assert {shard.data.shape for shard in cache.addressable_shards} == {(2, 1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize("rows", [3, 6])

@@ -34,8 +34,12 @@ class Cache:
   behind it (the state after the last token is terminal).
   """
 
-  key: chex.Array  # [L, B, P + T, KV, D], rotary positions applied.
-  value: chex.Array  # [L, B, P + T, KV, D].
+  key: chex.Array  # [L, B, KV, P + T, D], rotary positions applied.
+  value: chex.Array  # [L, B, KV, P + T, D].
+
+  def extended(self, columns: int) -> "Cache":
+    """The cache with room for `columns` more tokens."""
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, columns), (0, 0)]), self)
 
 
 class Block(nnx.Module):
@@ -104,17 +108,15 @@ def forward(params: Params, config: ModelConfig, tokens: chex.Array, mask: chex.
     mask: [B, C] bool, True on real tokens; positions count real tokens.
 
   Returns:
-    Final hidden states [B, C, D] (garbage on padding) and the cache [L, B, C, KV, D].
+    Final hidden states [B, C, D] (garbage on padding) and the cache, C columns.
   """
   chex.assert_rank([tokens, mask], 2)
   chex.assert_equal_shape([tokens, mask])
   positions = positions_of(mask)
-  c = tokens.shape[1]
-  causal = jnp.tril(jnp.ones((c, c), bool))
-  allowed = jnp.logical_and(causal[None], mask[:, None, :])
 
   def attend(query: chex.Array, key: chex.Array, value: chex.Array, carry: None, layer: chex.Array) -> Any:
-    return attention.attend(query, key, value, allowed), carry, Cache(key=key, value=value)
+    kept = Cache(key=jnp.swapaxes(key, 1, 2), value=jnp.swapaxes(value, 1, 2))
+    return attention.attend(query, key, value, mask), carry, kept
 
   hidden, _, cache = _run(params, config, tokens, positions, attend, None)
   return hidden, cache
@@ -140,11 +142,11 @@ def decode_step(
 
   def attend(query: chex.Array, key: chex.Array, value: chex.Array, carry: Cache, layer: chex.Array) -> Any:
     def write(whole: chex.Array, new: chex.Array) -> chex.Array:
-      return jax.lax.dynamic_update_slice(whole, new[None], (layer, 0, column, 0, 0))
+      return jax.lax.dynamic_update_slice(whole, jnp.swapaxes(new, 1, 2)[None], (layer, 0, 0, column, 0))
 
     carry = Cache(key=write(carry.key, key), value=write(carry.value, value))
-    out = attention.attend(query, carry.key[layer], carry.value[layer], mask[:, None])
-    return out, carry, None
+    out = attention.attend_one(query[:, 0], carry.key[layer], carry.value[layer], mask)
+    return out[:, None], carry, None
 
   hidden, cache, _ = _run(params, config, token[:, None], positions, attend, cache)
   return hidden[:, 0], cache
@@ -212,11 +214,14 @@ def _run(
   """Scans the layers; `attend` decides what the queries of a layer look at."""
   x = jnp.take(params["embedding"], tokens, axis=0)
   layers = jnp.arange(config.num_layers) if layers is None else layers
+  turns = attention.rotary_turns(positions, config)
 
+  # The gradient keeps what matrix products made and computes the rest again: memory traffic costs more than that.
+  @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False)
   def layer_step(state: tuple[chex.Array, Any], scanned: tuple[Any, Any]) -> Any:
     x, carry = state
     block, layer = scanned
-    query, key, value = _project(block, config, _rms_norm(x, block["attention_norm"], config), positions)
+    query, key, value = _project(block, config, _rms_norm(x, block["attention_norm"], config), turns)
     mixed, carry, kept = attend(query, key, value, carry, layer)
     x = x + _linear(mixed.reshape(*x.shape[:-1], -1), block["out"].reshape(-1, config.width))
     y = _rms_norm(x, block["mlp_norm"], config)
@@ -228,7 +233,7 @@ def _run(
 
 
 def _project(
-  block: Params, config: ModelConfig, x: chex.Array, positions: chex.Array
+  block: Params, config: ModelConfig, x: chex.Array, turns: tuple[chex.Array, chex.Array]
 ) -> tuple[chex.Array, chex.Array, chex.Array]:
   def project(name: str) -> chex.Array:
     y = _linear(x, block[name].reshape(config.width, -1)).reshape(*x.shape[:-1], -1, config.head_dim)
@@ -236,7 +241,7 @@ def _project(
       y = y + jnp.expand_dims(block[f"{name}_bias"], range(y.ndim - 2))
     if config.qk_norm and name != "value":
       y = _rms_norm(y, block[f"{name}_norm"], config)
-    return y if name == "value" else attention.rotary(y, positions, config.rope_theta)
+    return y if name == "value" else attention.rotary(y, turns)
 
   return project("query"), project("key"), project("value")
 
