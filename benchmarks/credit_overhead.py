@@ -46,7 +46,7 @@ class Step:
 
   def __init__(self, config: Any):
     self.config, self.rule = config, config_lib.credit_rule(config)
-    self.task = tasks.make_task(config.task.name, split="train", **config.task.options)
+    self.task = tasks.make_task(**config_lib.task_options(config, "train"))
     self.model = config_lib.model_config(config, len(self.task.tokenizer))
     self.tables = batching.vocab_tables(self.task.tokenizer)
     self.mesh = sharding.make_mesh()

@@ -1,7 +1,9 @@
 """`make demo`: plain GRPO, then RREDCoT, from one warm start, with one table and one report.
 
-    python experiments/demo.py --demo_dir runs/demo             (about 5 minutes on 2 cores)
+    python experiments/demo.py --demo_dir runs/demo             (about 2 minutes on 2 cores)
     python experiments/demo.py --demo_dir runs/demo --seeds 5    (`make demo-seeds`)
+    python experiments/demo.py --demo_dir runs/demo-llm --grpo configs/demo_llm.py:grpo \
+        --rredcot configs/demo_llm.py:rredcot                     (the last part of `make demo-llm`)
 
 Both methods deal the same prompts in the same order for each seed. Interrupted,
 it goes on where it stopped. The last line is one JSON object with every figure.
@@ -40,7 +42,8 @@ def main(_: Any) -> None:
       config.seed = seed
       config_lib.validate(config)
       workdir = root / f"{name.lower()}-{seed}"
-      command = f"python experiments/train.py --config configs/demo.py:{name.lower()} --config.seed={seed}"
+      file = config_flags.get_config_filename(flags.FLAGS[name.lower()])
+      command = f"python experiments/train.py --config {file} --config.seed={seed}"
       train.claim_workdir(workdir, config, f"{command} --workdir {workdir}", resume=True)
       train.run(config, workdir)
       runs[name].append(workdir)
@@ -50,7 +53,7 @@ def main(_: Any) -> None:
   table = [row(name, results[name], figures) for name in runs]
   report.write_report(
     {name: paths[0] for name, paths in runs.items()}, root / "report.html",
-    title="GRPO and RREDCoT on chain, seed 0", summary=table,
+    title=f"GRPO and RREDCoT on {RREDCOT.value.task.name}, seed 0", summary=table,
   )  # fmt: skip
   print_table(table)
   tokens = figures["tokens_to_grpo_accuracy_over_grpo"]
@@ -73,6 +76,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
   return {
     "tokens": [line["train/rollout_tokens"] for line in evaluations],
     "accuracy": [line["eval/pass@1"] for line in evaluations],
+    "error": [line["eval/pass@1_se"] for line in evaluations],
     "step_seconds": statistics.median(line["train/step_seconds"] for line in steps),
     "credit_seconds": statistics.median(line["train/credit_seconds"] for line in steps),
   }
@@ -100,6 +104,7 @@ def compare(grpo: list[dict], rredcot: list[dict]) -> dict[str, Any]:
     "accuracy_before": [round(run["accuracy"][0], 4) for run in grpo],
     "accuracy_grpo": [round(run["accuracy"][-1], 4) for run in grpo],
     "accuracy_rredcot": [round(run["accuracy"][-1], 4) for run in rredcot],
+    "standard_error_rredcot": [round(run["error"][-1], 4) for run in rredcot],
     "tokens_to_grpo_accuracy_over_grpo": ratios,
     "step_seconds_over_grpo": [
       round(ours["step_seconds"] / base["step_seconds"], 3) for base, ours in zip(grpo, rredcot, strict=True)
@@ -108,17 +113,17 @@ def compare(grpo: list[dict], rredcot: list[dict]) -> dict[str, Any]:
 
 
 def row(name: str, runs: list[dict], figures: dict[str, Any]) -> dict[str, str]:
-  """One line of the closing table: means over seeds, with standard errors where there are several."""
+  """One line of the closing table: means and standard errors, over seeds or, with one seed, over held-out prompts."""
 
-  def mean(values: list[float]) -> str:
-    value, error = metrics.mean_and_error(np.array(values))
-    return f"{100 * value:.1f}%" + (f" ± {100 * error:.1f}" if len(values) > 1 else "")
+  def mean(place: int) -> str:
+    value, error = metrics.mean_and_error(np.array([run["accuracy"][place] for run in runs]))
+    return f"{100 * value:.1f}% ± {100 * (error if len(runs) > 1 else runs[0]['error'][place]):.1f}"
 
   overhead = "1.00 (baseline)" if name == "GRPO" else f"{np.mean(figures['step_seconds_over_grpo']):.2f}"
   return {
     "run": name,
-    "accuracy before": mean([run["accuracy"][0] for run in runs]),
-    "accuracy after": mean([run["accuracy"][-1] for run in runs]),
+    "accuracy before": mean(0),
+    "accuracy after": mean(-1),
     "rollout tokens": f"{np.mean([run['tokens'][-1] for run in runs]):,.0f}",
     "seconds a step": f"{np.mean([run['step_seconds'] for run in runs]):.2f}",
     "step time over GRPO": overhead,

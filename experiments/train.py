@@ -58,8 +58,8 @@ def main(_: Any) -> None:
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   """The whole of training; see the module's docstring."""
   # ---- Task, tokenizer, model --------------------------------------------------------------
-  train_task = tasks.make_task(config.task.name, split="train", **config.task.options)
-  held_out = tasks.make_task(config.task.name, split="eval", **config.task.options)
+  train_task = tasks.make_task(**config_lib.task_options(config, "train"))
+  held_out = tasks.make_task(**config_lib.task_options(config, "eval"))
   tokenizer = train_task.tokenizer
   model = config_lib.model_config(config, len(tokenizer))
   tables = batching.vocab_tables(tokenizer)
@@ -72,12 +72,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, policy_key), optimizer))
   placement = sharding.infer(mesh, abstract)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
-  start_params = jax.device_put(
-    checkpoint.load_params(config.initial_params, abstract.params)
-    if config.initial_params
-    else decoder.init(model, policy_key),
-    placement.params,
-  )
+  start_params = checkpoint.start_params(config.initial_params, model, mesh, policy_key)
   # The reference is a copy: the state is donated to every update.
   reference = jax.tree.map(lambda x: x.copy(), start_params) if config.loss.kl != "off" else None
   state = jax.jit(lambda p: train_step.init_state(p, optimizer), out_shardings=placement)(start_params)

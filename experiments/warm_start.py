@@ -1,14 +1,20 @@
 """Supervised warm start: trains a model on a task's corpus and writes its parameters.
 
     python experiments/warm_start.py --config configs/demo.py --output rredcot_jax/assets/chain_warm_start.safetensors
+    python experiments/warm_start.py --config configs/demo_llm.py --output runs/demo-llm/start
 
 For `chain` the corpus is the sloppy teacher's, for other tasks the reference
-solutions. Ends by printing the sampled accuracy on held-out prompts, as one
-JSON object on the last line.
+solutions. An output named `*.safetensors` is one file of ours, any other a
+directory in Hugging Face's format. Interrupted, the same command goes on from
+its last checkpoint (in `<output>.checkpoints`); finished, it does nothing. Ends
+by printing the sampled accuracy on held-out prompts, and that of what it
+started from if that was a checkpoint, as one JSON object on the last line.
 """
 
 import functools
 import json
+import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -18,52 +24,80 @@ from tqdm import tqdm
 
 from rredcot_jax import checkpoint, evaluation, sharding, tasks, train_step
 from rredcot_jax import config as config_lib
-from rredcot_jax.model import decoder
+from rredcot_jax.model import huggingface
 from rredcot_jax.tasks import batching
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-OUTPUT = flags.DEFINE_string("output", None, "The safetensors file to write.")
+OUTPUT = flags.DEFINE_string("output", None, "The safetensors file or directory to write.")
+
+_CHECKPOINT_EVERY = 10
 
 
 def main(_) -> None:
-  config = CONFIG.value
-  start = config.warm_start
-  task = tasks.make_task(config.task.name, split="train", **config.task.options)
-  held_out = tasks.make_task(config.task.name, split="eval", **config.task.options)
+  config, output = CONFIG.value, pathlib.Path(OUTPUT.value)
+  figures_path = output.with_name(output.name + ".json")
+  if output.exists() and figures_path.exists():
+    print(figures_path.read_text(encoding="utf-8"))
+    return
+  start, rollout = config.warm_start, config.rollout
+  task = tasks.make_task(**config_lib.task_options(config, "train"))
+  held_out = tasks.make_task(**config_lib.task_options(config, "eval"))
   model = config_lib.model_config(config, len(task.tokenizer))
 
   # ---- State -------------------------------------------------------------------------------
+  mesh = sharding.make_mesh(**config.mesh)
   optimizer = train_step.make_optimizer(
     learning_rate=start.learning_rate, warmup_steps=start.num_steps // 20, decay_steps=start.num_steps,
     weight_decay=config.optimizer.weight_decay, max_grad_norm=config.optimizer.max_grad_norm,
   )  # fmt: skip
-  state = train_step.init_state(decoder.init(model, jax.random.key(config.seed)), optimizer)
+  params = checkpoint.start_params(start.initial_params, model, mesh, jax.random.key(config.seed))
+  state = jax.jit(lambda p: train_step.init_state(p, optimizer))(params)
   update = jax.jit(functools.partial(train_step.supervised_update, config=model, optimizer=optimizer), donate_argnums=0)
+  saver = checkpoint.Checkpointer(output.with_name(output.name + ".checkpoints"), keep=2)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+  def accuracy(params) -> dict[str, float]:
+    return evaluation.evaluate(
+      params, model, held_out, mesh, jax.random.key(config.seed), num_prompts=config.evaluation.num_prompts,
+      samples=config.evaluation.samples, rows=config.evaluation.rows, max_prompt_tokens=rollout.max_prompt_tokens,
+      max_tokens=rollout.max_tokens, temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p,
+    )  # fmt: skip
+
+  # ---- Resume ------------------------------------------------------------------------------
+  restored = saver.restore_latest(abstract)
+  if restored is None:
+    first, before = 0, accuracy(params) if start.initial_params else {}
+  else:
+    first, state, before = restored
+    print(f"resumed from step {first} of {start.num_steps}", flush=True)
+  del params
 
   # ---- Supervised updates ------------------------------------------------------------------
-  progress = tqdm(range(start.num_steps), desc="warm start", mininterval=1.0)
+  progress = tqdm(range(first, start.num_steps), initial=first, total=start.num_steps, desc="warm start")
   for step in progress:
-    state, metrics = update(
-      state,
-      batching.supervised_batch(
-        task, np.random.default_rng([config.seed, step]), batch_size=start.batch_size,
-        max_prompt_tokens=config.rollout.max_prompt_tokens, max_tokens=config.rollout.max_tokens,
-        wrong_share=start.wrong_share, early_share=start.early_share,
-      ),
+    batch = batching.supervised_batch(
+      task, np.random.default_rng([config.seed, step]), batch_size=start.batch_size,
+      max_prompt_tokens=rollout.max_prompt_tokens, max_tokens=rollout.max_tokens,
+      wrong_share=start.wrong_share, early_share=start.early_share,
     )  # fmt: skip
-    if step % 50 == 0:
+    state, metrics = update(state, sharding.put_batch(mesh, batch))
+    if start.initial_params and (step + 1) % _CHECKPOINT_EVERY == 0:
+      saver.save(step + 1, state, before)
+    if start.initial_params or step % 50 == 0:
       progress.set_postfix(loss=f"{float(metrics['loss']):.3f}")
 
   # ---- Write and check ---------------------------------------------------------------------
-  checkpoint.save_params(state.params, OUTPUT.value)
-  rollout = config.rollout
-  result = evaluation.evaluate(
-    state.params, model, held_out, sharding.make_mesh(), jax.random.key(config.seed),
-    num_prompts=config.evaluation.num_prompts, samples=config.evaluation.samples,
-    rows=config.evaluation.rows, max_prompt_tokens=rollout.max_prompt_tokens,
-    max_tokens=rollout.max_tokens, temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p,
-  )  # fmt: skip
-  print(json.dumps({"output": OUTPUT.value, "loss": float(metrics["loss"]), **result}))
+  if output.suffix == ".safetensors":
+    checkpoint.save_params(state.params, output)
+  else:
+    huggingface.save(model, state.params, output, tokenizer=task.tokenizer)
+  figures = {"output": str(output), **accuracy(state.params)}
+  figures |= {f"before/{name}": value for name, value in before.items()}
+  saver.close()
+  if output.suffix != ".safetensors":
+    figures_path.write_text(json.dumps(figures), encoding="utf-8")
+  shutil.rmtree(output.with_name(output.name + ".checkpoints"))
+  print(json.dumps(figures))
 
 
 if __name__ == "__main__":

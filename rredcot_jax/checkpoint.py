@@ -1,20 +1,28 @@
-"""Checkpoints: train state, step and data iterator through Orbax; bare parameters as safetensors.
+"""Checkpoints: train state, step and data iterator through Orbax; the parameters that a run starts from.
 
 A checkpoint is written beside its place and renamed when complete, so that a
 process killed at any moment leaves the last complete one untouched.
 """
 
+import dataclasses
 import json
 import logging
 import os
 import pathlib
 from typing import Any
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
+from jax.typing import DTypeLike
+
+from rredcot_jax import sharding
+from rredcot_jax.model import decoder, huggingface
+from rredcot_jax.model.config import ModelConfig
 
 _SEPARATOR = "/"
 
@@ -91,6 +99,38 @@ class Checkpointer:
         aside = self._directory / f"damaged-{step}-{number}"
       (self._directory / str(step)).rename(aside)
     self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+
+
+def start_params(
+  path: str, model: ModelConfig, mesh: jax.sharding.Mesh, key: chex.PRNGKey, *, dtype: DTypeLike = jnp.float32
+) -> Any:
+  """The parameters that a run starts from, placed on the mesh.
+
+  Args:
+    path: a directory in Hugging Face's format, a `.gguf` file, or a file that
+      `save_params` wrote; "" draws them at random with `key`.
+    model: the configured sizes.
+    mesh: where they go.
+    key: of the random start.
+    dtype: of the parameters in memory.
+
+  Raises:
+    ValueError: if a checkpoint is of other sizes than configured, naming them;
+      see also `huggingface.load` and `load_params`.
+  """
+  abstract = jax.eval_shape(lambda: decoder.init(model, key))
+  if pathlib.Path(path).suffix == ".gguf" or (path and pathlib.Path(path).is_dir()):
+    held = huggingface.load_config(path)
+    differing = [
+      f"{field.name} ({getattr(held, field.name)!r} there, {getattr(model, field.name)!r} configured)"
+      for field in dataclasses.fields(model)
+      if field.name != "max_positions" and getattr(held, field.name) != getattr(model, field.name)
+    ]
+    if differing:
+      raise ValueError(f"the checkpoint {path!r} is another model than config.model says: {', '.join(differing)}.")
+    return huggingface.load(path, dtype=dtype, mesh=mesh)[1]
+  params = load_params(path, abstract) if path else decoder.init(model, key)
+  return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), sharding.infer(mesh, abstract))
 
 
 def save_params(params: Any, path: str | os.PathLike) -> None:

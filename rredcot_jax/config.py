@@ -5,6 +5,7 @@ returns the result from `get_config(arg)`. Modules receive plain values; only
 the experiments read a ConfigDict.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from rredcot_jax import advantages, completions, losses, redistribution, segmentation, values
 from rredcot_jax.credit import CreditRule
-from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.model.config import SIZES, ModelConfig, RopeScaling
 from rredcot_jax.types import check_option
 
 
@@ -23,10 +24,11 @@ def default_config() -> ConfigDict:
   config.num_steps = 100  # Policy updates.
 
   config.task = ConfigDict()
-  config.task.name = "chain"  # "chain" or "reasoning_gym/<data set>".
+  config.task.name = "chain"  # "chain", "reasoning_gym/<data set>" or "dataset/<corpus>".
   config.task.options = ConfigDict()  # Passed to the task's class; a config file may add keys.
 
-  config.model = ConfigDict()  # Sizes; the vocabulary's comes from the tokenizer.
+  config.model = ConfigDict()  # Sizes; `set_model` fills them in for a model known by name.
+  config.model.vocab_size = 0  # 0 is the tokenizer's.
   config.model.width = 128
   config.model.num_layers = 4
   config.model.num_heads = 4
@@ -34,10 +36,23 @@ def default_config() -> ConfigDict:
   config.model.head_dim = 32
   config.model.mlp_width = 576
   config.model.rope_theta = 10_000.0
+  config.model.rope_scaling = ConfigDict()  # model.config.RopeScaling
+  config.model.rope_scaling.kind = "none"
+  config.model.rope_scaling.factor = 1.0
+  config.model.rope_scaling.original_max_positions = 1
+  config.model.rope_scaling.low_freq_factor = 1.0
+  config.model.rope_scaling.high_freq_factor = 4.0
+  config.model.rope_scaling.beta_fast = 32.0
+  config.model.rope_scaling.beta_slow = 1.0
+  config.model.rope_scaling.attention_factor = 0.0
+  config.model.norm_epsilon = 1e-6
   config.model.qkv_bias = False
   config.model.qk_norm = False
   config.model.tied_embeddings = True
-  config.initial_params = ""  # A safetensors file, by path or by name under rredcot_jax/assets; "" starts at random.
+  config.model.max_positions = 0  # The longest prompt and trace together; 0 is no limit.
+  # A checkpoint directory in Hugging Face's format, a .gguf file, or a safetensors file of ours, by path or by name
+  # under rredcot_jax/assets; "" starts at random.
+  config.initial_params = ""
 
   config.rollout = ConfigDict()
   config.rollout.prompts_per_step = 16
@@ -92,6 +107,9 @@ def default_config() -> ConfigDict:
   config.optimizer.max_grad_norm = 1.0
 
   config.evaluation = ConfigDict()
+  config.evaluation.task = ConfigDict()  # What is held out.
+  config.evaluation.task.name = ""  # "" is the eval split of the task above, with its options.
+  config.evaluation.task.options = ConfigDict()
   config.evaluation.every = 20  # Steps; the first and the last state are always evaluated.
   config.evaluation.num_prompts = 256  # Held out, the same at every evaluation.
   config.evaluation.rows = 128  # Traces sampled at once.
@@ -102,6 +120,7 @@ def default_config() -> ConfigDict:
   config.checkpoint.keep = 2  # Newest ones kept; at least 2, so that a damaged one can be passed over.
 
   config.warm_start = ConfigDict()  # Read by experiments/warm_start.py.
+  config.warm_start.initial_params = ""  # What it starts from, as initial_params above.
   config.warm_start.num_steps = 1500
   config.warm_start.batch_size = 64
   config.warm_start.learning_rate = 2e-3
@@ -116,12 +135,43 @@ def default_config() -> ConfigDict:
   config.num_traces = 8  # Traces kept for the report, at every evaluation.
   config.lock()
   config.task.options.unlock()
+  config.evaluation.task.options.unlock()
   return config
 
 
+def task_options(config: ConfigDict, split: str) -> dict[str, Any]:
+  """Keyword arguments of `tasks.make_task` for "train" or "eval"."""
+  task = config.evaluation.task if split == "eval" and config.evaluation.task.name else config.task
+  return {"name": task.name, "split": split, **task.options.to_dict()}
+
+
+def set_model(config: ConfigDict, name: str) -> None:
+  """Fills in the sizes of a model known by name.
+
+  Raises:
+    ValueError: if `name` is not in `model.config.SIZES`, offering the nearest.
+  """
+  check_option("model", name, tuple(SIZES))
+  sizes = dataclasses.asdict(SIZES[name])
+  scaling = sizes.pop("rope_scaling")
+  config.model.update(sizes)
+  config.model.rope_scaling.update(scaling or {"kind": "none"})
+
+
 def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
-  """The decoder's sizes with the tokenizer's vocabulary."""
-  return ModelConfig(vocab_size=vocab_size, **config.model)
+  """The decoder's sizes; `vocab_size` is the tokenizer's.
+
+  Raises:
+    ValueError: if the tokenizer has more words than the model.
+  """
+  sizes = config.model.to_dict()
+  scaling = sizes.pop("rope_scaling")
+  sizes["vocab_size"] = sizes["vocab_size"] or vocab_size
+  if vocab_size > sizes["vocab_size"]:
+    raise ValueError(
+      f"the tokenizer has {vocab_size} words and the model {sizes['vocab_size']}: they do not belong together."
+    )
+  return ModelConfig(rope_scaling=None if scaling["kind"] == "none" else RopeScaling(**scaling), **sizes)
 
 
 def credit_rule(config: ConfigDict) -> CreditRule:
@@ -219,6 +269,12 @@ def validate(config: ConfigDict) -> None:
     "evaluation.every", "evaluation.samples", "evaluation.num_prompts", "checkpoint.every",
   ):  # fmt: skip
     _at_least(config, 1, name, "it counts something")
+  room = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+  if 0 < config.model.max_positions < room:
+    raise ValueError(
+      f"rollout.max_prompt_tokens + rollout.max_tokens = {room} is more than model.max_positions="
+      f"{config.model.max_positions}: lower one of them, or set RoPE scaling and raise the last."
+    )
   if config.credit.form == "self_normalised" and config.credit.bank != "rollouts":
     raise ValueError(
       f"credit.form='self_normalised' with credit.bank={config.credit.bank!r} gives every state the same value: "

@@ -34,7 +34,7 @@ def main(_: Any) -> None:
   rule = config_lib.credit_rule(config)
   if not rule.needs_values:
     raise app.UsageError("credit.mode='uniform' redistributes nothing: show a configuration such as configs/demo.py")
-  task = tasks.make_task(config.task.name, split="eval", **config.task.options)
+  task = tasks.make_task(**config_lib.task_options(config, "eval"))
   tokenizer = task.tokenizer
   model = config_lib.model_config(config, len(tokenizer))
   mesh = sharding.make_mesh(**config.mesh)

