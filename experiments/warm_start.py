@@ -18,7 +18,7 @@ import shutil
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -102,4 +102,5 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "output"])
+  logging.set_verbosity(logging.WARNING)
   app.run(main)
