@@ -1,6 +1,8 @@
-"""Rollouts judged: the verifier over a batch, and pass@k on held-out prompts."""
+"""Rollouts judged: the verifier over a batch, answers as votes, and pass@k on held-out prompts."""
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +11,24 @@ import numpy as np
 from rredcot_jax import metrics, sampling, sharding, tasks, types
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.tasks import batching, chain
+from rredcot_jax.tasks import batching, chain, verifiers
+
+# What LaTeX writes for looks alone: stretched brackets, spaces, fractions of another size.
+_STRETCHED = re.compile(r"\\(?:left|right)(?![A-Za-z])")
+_SPACES = re.compile(r"\s+|\\[,;:! ]")
+_FRACTION = re.compile(r"\\[dt]frac(?![A-Za-z])")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """One sampled trace of a held-out prompt and what became of it."""
+
+  prompt: int  # Index into the task.
+  sample: int  # Of this prompt's.
+  answer: str | None  # See `answer_of`.
+  reward: float
+  length: int  # Tokens, with the one that ends it.
+  truncated: bool
 
 
 def trace_texts(task: tasks.Task, rollout: types.Rollout) -> list[str]:
@@ -25,7 +44,31 @@ def returns_of(task: tasks.Task, examples: Sequence[tasks.Example], rollout: typ
   return np.array([task.reward(example, text) for example, text in zip(examples, texts, strict=True)], np.float32)
 
 
-def evaluate(
+def answer_of(text: str) -> str | None:
+  """What a response answers, whoever judges it: its last box's content or, without a box, its final answer."""
+  boxed = verifiers.boxed_answer(text)
+  return verifiers.final_answer(text) if boxed is None else boxed
+
+
+def vote_of(answer: str | None) -> Hashable:
+  """The same value for answers that are plainly the same; None, no vote, where there is no answer.
+
+  Numbers are compared by value, all else as text without dollar signs, white space
+  and LaTeX that changes looks alone. No verifier is asked, so `1/2` and `0.5` are two
+  answers, and share their votes out between them.
+  """
+  if answer is None:
+    return None
+  answer = verifiers._without_dollars(answer)
+  number = verifiers._parse_number(answer)
+  if number is not None:
+    return number
+  for pattern, replacement in ((_STRETCHED, ""), (_FRACTION, r"\\frac"), (_SPACES, "")):
+    answer = pattern.sub(replacement, answer)
+  return answer
+
+
+def judged_batches(
   params: decoder.Params,
   config: ModelConfig,
   task: tasks.Task,
@@ -40,41 +83,87 @@ def evaluate(
   temperature: float,
   top_k: int,
   top_p: float,
-) -> dict[str, float]:
-  """pass@1 and pass@`samples` on the first `num_prompts` prompts of `task`.
+  first: int = 0,
+) -> Iterator[list[Judged]]:
+  """Samples and judges the traces of the first `num_prompts` prompts of `task`, a batch at a time.
 
-  Runs in batches of `rows` traces; the last is filled up and the filling not counted.
+  Trace i is sample i % samples of prompt i // samples. Runs in batches of `rows`
+  traces; the last is filled up and the filling left out. A batch is a function of
+  the parameters, the key and where it starts, so that beginning at a `first` that
+  is a multiple of `rows` repeats the rest of a whole pass bit for bit. Another
+  `rows` draws other traces.
 
-  Returns:
-    eval/pass@1, eval/pass@1_se, eval/pass@k, eval/pass@k_se (standard errors over
-    prompts), eval/length and eval/truncated.
+  Args:
+    params, config, task, mesh: who answers, and what.
+    key: of the whole pass.
+    num_prompts, samples, rows: see above.
+    max_prompt_tokens, max_tokens, temperature, top_k, top_p: see `config.rollout`.
+    first: the trace to begin with; a multiple of `rows`, or all of them, which yields nothing.
   """
+  total = num_prompts * samples
   if not 1 <= num_prompts <= len(task):
     raise ValueError(f"evaluation.num_prompts={num_prompts} must lie in [1, {len(task)}], the task's held-out prompts.")
-  examples = [task[i] for i in range(num_prompts) for _ in range(samples)]
-  rewards, lengths, truncated = [], [], []
-  for start in range(0, len(examples), rows):
-    real = examples[start : start + rows]
-    filled = real + [real[-1]] * (rows - len(real))
+  if first % rows and first != total:
+    raise ValueError(f"first={first} must be a multiple of evaluation.rows={rows}.")
+  for start in range(first, total, rows):
+    places = [divmod(i, samples) for i in range(start, min(start + rows, total))]
+    examples = [task[prompt] for prompt, _ in places]
+    filled = examples + [examples[-1]] * (rows - len(examples))
     prompts = sharding.put_batch(mesh, batching.prompt_arrays(task, filled, max_prompt_tokens))
     rollout, _ = sampling.sample(
       params, config, *prompts, jax.random.fold_in(key, start), max_tokens=max_tokens,
       temperature=temperature, top_k=top_k, top_p=top_p,
       eos_id=task.tokenizer.eos_token_id, pad_id=task.tokenizer.pad_token_id,
     )  # fmt: skip
-    rollout = jax.device_get(rollout)
-    rewards.append(returns_of(task, filled, rollout)[: len(real)])
-    lengths.append(rollout.mask.sum(axis=1)[: len(real)])
-    truncated.append(rollout.truncated[: len(real)])
-  correct = (np.concatenate(rewards) >= 1.0).reshape(num_prompts, samples).sum(axis=1)
+    rollout = jax.tree.map(lambda x: x[: len(places)], jax.device_get(rollout))  # noqa: B023
+    columns = (
+      map(answer_of, trace_texts(task, rollout)),
+      returns_of(task, examples, rollout).tolist(),
+      rollout.mask.sum(axis=1).tolist(),
+      rollout.truncated.tolist(),
+    )
+    yield [Judged(*place, *of_trace) for place, *of_trace in zip(places, *columns, strict=True)]
+
+
+def evaluate(
+  params: decoder.Params,
+  config: ModelConfig,
+  task: tasks.Task,
+  mesh: jax.sharding.Mesh,
+  key: jax.Array,
+  *,
+  num_prompts: int,
+  samples: int,
+  **options: Any,
+) -> dict[str, float]:
+  """pass@1 and pass@`samples` on the first `num_prompts` prompts of `task`; see `judged_batches` for the options.
+
+  Returns:
+    eval/pass@1, eval/pass@1_se, eval/pass@k, eval/pass@k_se (standard errors over
+    prompts), eval/length and eval/truncated.
+  """
+  batches = judged_batches(params, config, task, mesh, key, num_prompts=num_prompts, samples=samples, **options)
+  judged = [one for batch in batches for one in batch]
+  correct = is_correct(judged).reshape(num_prompts, samples).sum(axis=1)
   result: dict[str, float] = {}
   for k in sorted({1, samples}):
     mean, error = metrics.mean_and_error(metrics.pass_at_k(correct, samples, k))
     result |= {f"eval/pass@{k}": mean, f"eval/pass@{k}_se": error}
   return result | {
-    "eval/length": float(np.concatenate(lengths).mean()),
-    "eval/truncated": float(np.concatenate(truncated).mean()),
+    "eval/length": float(np.mean([one.length for one in judged])),
+    "eval/truncated": float(np.mean([one.truncated for one in judged])),
   }
+
+
+def is_correct(judged: Sequence[Judged]) -> np.ndarray:
+  """[N] bool: full marks count, parts of them do not."""
+  return np.array([one.reward >= 1.0 for one in judged])
+
+
+def votes_of(judged: Sequence[Judged]) -> np.ndarray:
+  """[N] int for `metrics.maj_at_k`: one number an answer, whatever the prompt; -1 where there is none."""
+  numbers: dict[Hashable, int] = {None: -1}
+  return np.array([numbers.setdefault(vote_of(one.answer), len(numbers) - 1) for one in judged])
 
 
 def trace_record(

@@ -10,10 +10,12 @@ from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import tokenizers
 import transformers
 
 from rredcot_jax.model.config import ModelConfig, RopeScaling
+from rredcot_jax.model.huggingface import Fields
 
 _TOP = {
   "token_embd.weight": "model.embed_tokens.weight",
@@ -35,13 +37,27 @@ _BLOCK = {
 }
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
-# How text is taken apart before the merges, by the name that GGUF gives it; \p classes as in the models' tokenizer.json.
+# How text is taken apart before the merges, by the name that GGUF gives it, as in the models' tokenizer.json.
 _WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {"qwen2": _WORDS.format(digits=""), "llama-bpe": _WORDS.format(digits="{1,3}")}
-_PRE_TOKENIZERS = ("gpt-2", "default", "smollm", *_SPLITS)
+_SPLITS = {
+  "qwen2": _WORDS.format(digits=""),
+  "deepseek-r1-qwen": _WORDS.format(digits=""),
+  "llama-bpe": _WORDS.format(digits="{1,3}"),
+}
+# Files of before May 2024 do not name theirs, or call it "default"; what they mean cannot be known.
+_PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS)
+
+
+class _Reader(gguf.GGUFReader):
+  """The library's reader, which takes what lies behind the end of a file for empty."""
+
+  def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> np.ndarray:
+    if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.size:
+      raise ValueError(f"it ends early, at {self.data.size} bytes.")
+    return super()._get(offset, dtype, count, override_order)
 
 
 class GgufFile:
@@ -58,10 +74,15 @@ class GgufFile:
     if not self.path.is_file():
       raise FileNotFoundError(f"no GGUF file at {str(self.path)!r}.")
     try:
-      self._reader = gguf.GGUFReader(self.path)
+      self._reader = _Reader(self.path)
+      # Nothing but the tokenizer has long values; it reads them itself.
+      values = {name: field.contents() for name, field in self._reader.fields.items() if len(field.data) < 1000}
     except Exception as error:  # The library raises what its parsing trips over: struct, value and index errors.
       raise ValueError(f"{self.path} is not a whole GGUF file: {error}") from error
-    self._architecture = self._need("general.architecture")
+    if self._reader.byte_order != "I":
+      raise ValueError(f"{self.path} is of the other byte order than this machine, which is not supported.")
+    self._fields = Fields(self.path, values)
+    self._architecture = self._fields["general.architecture"]
     if self._architecture not in _ARCHITECTURES:
       raise ValueError(
         f"{self.path}: the GGUF architecture {self._architecture!r} is not supported: {', '.join(_ARCHITECTURES)} are."
@@ -70,31 +91,46 @@ class GgufFile:
 
   def model_config(self) -> ModelConfig:
     """The model's sizes, from the file's metadata."""
-    need = lambda name: self._need(f"{self._architecture}.{name}")
-    heads, width = need("attention.head_count"), need("embedding_length")
-    if self._field(f"{self._architecture}.attention.sliding_window"):
-      raise ValueError(f"{self.path}: a sliding window is not supported by this decoder.")
-    return ModelConfig(
-      vocab_size=int(self._tensor("model.embed_tokens.weight").shape[1]),
+    prefix = f"{self._architecture}."
+    names = (name for name in self._fields.values if name.startswith(prefix))
+    fields = Fields(self.path, {name.removeprefix(prefix): self._fields[name] for name in names})
+    heads, width = fields.integer("attention.head_count"), fields.integer("embedding_length")
+    head_dim = fields.integer("attention.key_length", max(width // heads, 1))
+    embedding = self.shapes().get("model.embed_tokens.weight", ())
+    if len(embedding) != 2:
+      raise ValueError(f"{self.path}: tensor 'token_embd.weight' is missing, or no matrix.")
+    for name in ("attention.value_length", "rope.dimension_count"):
+      if fields.integer(name, head_dim) != head_dim:
+        raise ValueError(f"{self.path}: {name}={fields[name]} other than the head's {head_dim} is not supported.")
+    for name in ("attention.sliding_window", "rope.scale_linear", "expert_count"):
+      if fields.values.get(name):
+        raise ValueError(f"{self.path}: {name}={fields[name]} is not supported by this decoder.")
+    return fields.build(
+      ModelConfig,
+      vocab_size=embedding[0],
       width=width,
-      num_layers=need("block_count"),
+      num_layers=fields.integer("block_count", most=10_000),
       num_heads=heads,
-      num_kv_heads=self._field(f"{self._architecture}.attention.head_count_kv") or heads,
-      head_dim=self._field(f"{self._architecture}.attention.key_length") or width // heads,
-      mlp_width=need("feed_forward_length"),
-      rope_theta=float(self._field(f"{self._architecture}.rope.freq_base") or 10_000.0),
-      rope_scaling=self._rope_scaling(),
+      num_kv_heads=fields.integer("attention.head_count_kv", heads),
+      head_dim=head_dim,
+      mlp_width=fields.integer("feed_forward_length"),
+      rope_theta=fields.number("rope.freq_base", 10_000.0),
+      rope_scaling=self._rope_scaling(fields),
       # Stored as float32; six digits give back the decimal that was meant.
-      norm_epsilon=float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
+      norm_epsilon=float(f"{fields.number('attention.layer_norm_rms_epsilon'):.6g}"),
       qkv_bias=self._architecture == "qwen2",
       qk_norm=self._architecture == "qwen3",
       tied_embeddings="lm_head.weight" not in self._tensors,
-      max_positions=need("context_length"),
+      max_positions=fields.integer("context_length"),
     )
 
-  def names(self) -> set[str]:
-    """The tensors' Hugging Face names."""
-    return set(self._tensors)
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """The tensors' Hugging Face names and their shapes there."""
+    return {name: tuple(int(size) for size in tensor.shape)[::-1] for name, tensor in self._tensors.items()}
+
+  def file(self, name: str) -> pathlib.Path:
+    """This one."""
+    return self.path
 
   def read(self, name: str) -> np.ndarray:
     """One tensor in float32, in the layout of transformers.
@@ -102,10 +138,10 @@ class GgufFile:
     Raises:
       ValueError: naming the file, the tensor and the quantisation, if the library cannot undo that.
     """
-    tensor = self._tensor(name)
+    tensor = self._tensors[name]
     try:
       array = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
-    except (NotImplementedError, KeyError) as error:
+    except NotImplementedError as error:
       raise ValueError(
         f"{self.path}: tensor {tensor.name!r} has the quantisation {tensor.tensor_type.name}, which is not supported."
       ) from error
@@ -120,16 +156,23 @@ class GgufFile:
     Raises:
       ValueError: if it is no byte-level BPE, or takes text apart in a way that is not known here.
     """
-    kind, split = self._need("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre") or "default"
+    fields = Fields(self.path, {name: self._reader.fields[name].contents() for name in self._reader.fields})
+    kind, split = fields["tokenizer.ggml.model"], fields.values.get("tokenizer.ggml.pre")
     if kind != "gpt2" or split not in _PRE_TOKENIZERS:
       raise ValueError(
         f"{self.path}: the tokenizer {kind!r} with pre-tokenizer {split!r} is not supported: byte-level BPE with "
         f"{', '.join(_PRE_TOKENIZERS)} is. Give the directory of the original tokenizer instead."
       )
-    tokens, types = self._need("tokenizer.ggml.tokens"), self._need("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ", 1)) for merge in self._need("tokenizer.ggml.merges")]
+    try:
+      return self._byte_level_bpe(fields, split)
+    except Exception as error:  # Of no type of its own, when the library refuses a vocabulary or its merges.
+      raise ValueError(f"{self.path}: its tokenizer is damaged: {error}") from error
+
+  def _byte_level_bpe(self, fields: Fields, split: str) -> transformers.PreTrainedTokenizerFast:
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}
-    # The models that take text apart by _SPLITS look a word up whole before they merge.
+    # Llama 3 looks a word up whole before it merges.
     fast = tokenizers.Tokenizer(
       tokenizers.models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=split == "llama-bpe")
     )
@@ -141,47 +184,58 @@ class GgufFile:
       parts.insert(0, tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLITS[split]), behavior="isolated"))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
     fast.decoder = tokenizers.decoders.ByteLevel()
-    if split == "qwen2":
+    if split.endswith(("qwen2", "-qwen")):
       fast.normalizer = tokenizers.normalizers.NFC()
     control, user = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
     for special, wanted in ((True, control), (False, user)):
-      added = [token for token, type_ in zip(tokens, types) if type_ == wanted]
+      added = [token for token, type_ in zip(tokens, types, strict=True) if type_ == wanted]
       fast.add_tokens([tokenizers.AddedToken(t, special=special, normalized=False) for t in added])
     named = {}
-    for name in ("bos", "eos", "unknown", "padding"):
-      index = self._field(f"tokenizer.ggml.{name}_token_id")
+    for ours, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+      index = fields.values.get(f"tokenizer.ggml.{name}_token_id")
       if index is not None:
-        named[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = tokens[index]
+        named[f"{ours}_token"] = tokens[index]
+    # What llama.cpp, too, puts around a text; a Llama 3 file need not say so.
+    frame = {"bos": fields.values.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"),
+             "eos": fields.values.get("tokenizer.ggml.add_eos_token", False)}  # fmt: skip
+    if any(frame.values()):
+      before, after = ([named[f"{name}_token"]] * bool(frame[name]) for name in ("bos", "eos"))
+      fast.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*before, "$A", *after], special_tokens=[(token, vocab[token]) for token in {*before, *after}]
+      )
     result = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, clean_up_tokenization_spaces=False, **named)
-    result.chat_template = self._field("tokenizer.chat_template")
+    result.chat_template = fields.values.get("tokenizer.chat_template")
     return result
 
-  def _rope_scaling(self) -> RopeScaling | None:
-    if any(tensor.name == "rope_freqs.weight" for tensor in self._reader.tensors):
+  def _rope_scaling(self, fields: Fields) -> RopeScaling | None:
+    if "rope_freqs.weight" in self._tensors:
       raise ValueError(
         f"{self.path}: tensor 'rope_freqs.weight' (RoPE scaling as a table) is not supported: "
         "load the safetensors checkpoint instead."
       )
-    prefix = f"{self._architecture}.rope.scaling"
-    kind = self._field(f"{prefix}.type") or "none"
+    kind = fields.values.get("rope.scaling.type", "none")
     if kind == "none":
       return None
     if kind != "yarn":
       raise ValueError(f"{self.path}: RoPE type {kind!r} is not supported in a GGUF file: none and yarn are.")
-    return RopeScaling("yarn", float(self._need(f"{prefix}.factor")), self._need(f"{prefix}.original_context_length"))
+    known = {f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
+    for name in fields.values:
+      if name.startswith("rope.scaling.") and name not in known:
+        raise ValueError(f"{self.path}: {name}={fields[name]} is not supported.")
+    return fields.build(
+      RopeScaling,
+      kind="yarn",
+      factor=fields.number("rope.scaling.factor"),
+      original_max_positions=fields.integer("rope.scaling.original_context_length"),
+    )
 
   def _unpermute(self, array: np.ndarray, name: str) -> np.ndarray:
     """Llama files interleave the two halves of a head's rotary pairs; transformers keeps them apart."""
-    heads = self._need("llama.attention.head_count")
+    heads = self._fields.integer("llama.attention.head_count")
     if name.endswith("k_proj.weight"):
-      heads = self._field("llama.attention.head_count_kv") or heads
+      heads = self._fields.integer("llama.attention.head_count_kv", heads)
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, array.shape[1])
     return pairs.swapaxes(1, 2).reshape(array.shape)
-
-  def _tensor(self, name: str) -> Any:
-    if name not in self._tensors:
-      raise ValueError(f"{self.path}: tensor {name!r} is missing.")
-    return self._tensors[name]
 
   def _hf_name(self, name: str) -> str:
     if name in _TOP:
@@ -192,13 +246,3 @@ class GgufFile:
     if head == "blk" and part in _BLOCK:
       return f"model.layers.{layer}.{_BLOCK[part]}.{kind}"
     return name  # Refused by the loader as a tensor without a place.
-
-  def _field(self, name: str) -> Any:
-    field = self._reader.fields.get(name)
-    return None if field is None else field.contents()
-
-  def _need(self, name: str) -> Any:
-    value = self._field(name)
-    if value is None:
-      raise ValueError(f"{self.path} has no metadata {name!r}.")
-    return value

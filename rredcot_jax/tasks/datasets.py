@@ -131,6 +131,9 @@ class Dataset:
     limit: at most so many examples, the first in the file's order; None for all.
     cache_dir: where the ArrayRecord files go; `<data_dir>/.tfds` if None.
     tokenizer_dir: of a tokenizer in Hugging Face's format.
+    chat: whether the tokenizer's chat template wraps the question.
+    instruction: what is asked for beside the question, such as "Put your final answer
+      within \\boxed{}."; a line of its own after every question, "" for none.
 
   Attributes:
     counts: rows read for this split, `without_answer` and in the `other_split`.
@@ -156,6 +159,8 @@ class Dataset:
     limit: int | None = None,
     cache_dir: str | pathlib.Path | None = None,
     tokenizer_dir: str | pathlib.Path = TOKENIZER_DIR,
+    chat: bool = True,
+    instruction: str = "",
   ):
     if limit is not None and limit < 1:
       raise ValueError(f"limit={limit} of {dataset!r} makes a task that yields no prompt.")
@@ -172,10 +177,11 @@ class Dataset:
       cache_dir=cache_dir,
     )
     self.name = f"dataset/{dataset}"
-    self.tokenizer = load_tokenizer(tokenizer_dir)
+    self.tokenizer = load_tokenizer(tokenizer_dir, chat=chat)
     self.counts: dict[str, int] = dict(builder.info.metadata)
     self._match = verifiers.VERIFIERS[matcher]
     self._format_weight = format_weight
+    self._after_question = f"\n{instruction}" if instruction else ""
     self._source: Sequence[Mapping[str, bytes]] = builder.as_data_source(split=split)
     self._size = len(self._source) if limit is None else min(limit, len(self._source))
     if self.counts["without_answer"]:
@@ -201,7 +207,8 @@ class Dataset:
       raise IndexError(f"Example {index} of {self.name}, which has {self._size}.")
     record = {name: value.decode() for name, value in self._source[index].items()}
     steps = solution_steps(record["solution"])
-    return Example(record["question"], steps, record["answer"], {"source": record["source"]})
+    question = record["question"] + self._after_question
+    return Example(question, steps, record["answer"], {"source": record["source"]})
 
   def reward(self, example: Example, text: str) -> float:
     """See `Task.reward`."""

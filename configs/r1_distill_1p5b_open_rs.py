@@ -1,0 +1,86 @@
+"""DeepSeek-R1-Distill-Qwen-1.5B on open-rs with traces of 1,024 tokens: the smaller of the paper's two settings.
+
+    python experiments/train.py --config configs/r1_distill_1p5b_open_rs.py:rredcot --workdir runs/open-rs-rredcot
+    python experiments/train.py --config configs/r1_distill_1p5b_open_rs.py:grpo --workdir runs/open-rs-grpo
+    python experiments/evaluate.py --config configs/r1_distill_1p5b_open_rs.py:eval=amc23 --samples 16 \
+        --workdir runs/open-rs-rredcot --output runs/open-rs-rredcot/amc23.json
+
+For 8 chips of 80 GB. Wants the checkpoint in checkpoints/DeepSeek-R1-Distill-Qwen-1.5B
+(Hugging Face's directory as it is) and the corpora in data/open_rs and
+data/{math500,amc23,minerva,aime}; README.md says how they are named there.
+
+**Not run by us.** Expected scores: the paper's table (arXiv 2606.06475), not
+reproduced here. For the model itself DeepSeek's report (arXiv 2501.12948) has pass@1
+28.9 on AIME 2024 and 83.9 on MATH-500, but with 32,768 tokens, temperature 0.6 and
+top_p 0.95: at the 1,024 tokens and temperature 1.0 of this configuration most of its
+traces are truncated, and far fewer are right. To check the model against the report:
+`--config.rollout.max_tokens=32768 --config.rollout.temperature=0.6
+--config.rollout.top_p=0.95 --config.evaluation.rows=16`. What the summaries of the
+paper do not say is our choice: group, batch, segmentation, learning rate, bank.
+
+Memory, by arithmetic, everything float32 (1,777,088,000 parameters, 64 rows of
+1,024 + 1,024 tokens, fsdp = 8, so 8 rows a chip):
+
+    parameters and AdamW's two moments   3 x 4 bytes x 1.78 G                      21.3 GB   2.7 GB a chip
+    gradient and update                  2 x 4 bytes x 1.78 G                      14.2 GB   1.8 GB a chip
+    keys and values                      57,344 bytes x 2,048 tokens x 64 rows      7.5 GB   0.9 GB a chip
+    activations and logits of an update  5.7 GB x 64 rows                         363 GB    45 GB a chip
+
+(The last line is what XLA reports for the update of 8 rows compiled for CPU, less
+gradient and update.)
+"""
+
+from ml_collections import ConfigDict
+
+from rredcot_jax import completions
+from rredcot_jax.config import default_config, options_of, set_model
+
+METHODS = ("rredcot", "grpo")
+BANKS = ("answer", *(bank for bank in completions.BANKS if bank != "answer"))
+BENCHMARKS = {"math500": 500, "amc23": 40, "minerva": 272, "aime": 30}  # Prompts; 30 is one year's AIME.
+
+_MODEL = "checkpoints/DeepSeek-R1-Distill-Qwen-1.5B"
+_TASK_OPTIONS = {
+  "data_dir": "data",
+  "tokenizer_dir": _MODEL,
+  "instruction": "Please reason step by step, and put your final answer within \\boxed{}.",
+}
+
+
+def get_config(arg: str = "rredcot") -> ConfigDict:
+  """Options: method (rredcot, grpo), bank (answer, solution, suffix, rollouts), eval (math500, amc23, minerva, aime)."""
+  options = options_of(arg, {"method": METHODS, "bank": BANKS, "eval": tuple(BENCHMARKS)})
+  config = default_config()
+  set_model(config, "DeepSeek-R1-Distill-Qwen-1.5B")
+  config.initial_params = _MODEL
+  config.task.name = "dataset/open_rs"
+  config.task.options.update(_TASK_OPTIONS)
+  config.task.options.skip_without_answer = True
+  config.num_steps = 500
+  config.rollout.prompts_per_step = 8
+  config.rollout.group_size = 8
+  config.rollout.max_prompt_tokens = 1024
+  config.rollout.max_tokens = 1024
+  config.segmentation.method = "hybrid"
+  config.segmentation.k_max = 16
+  config.optimizer.learning_rate = 1e-6
+  if options["method"] == "rredcot":
+    config.credit.mode = "signed"
+    config.credit.bank = options["bank"]
+    if options["bank"] != "rollouts":
+      # After </think> the model would rather write a summary and a box: the likelihood of a bare reference is tiny, and
+      # the step from it to R would give a correct trace's credit to its last segment. A mean over tokens is not tiny.
+      config.credit.form = "length_normalised"
+    config.credit.force_exit = True
+    config.credit.max_completion_tokens = 64 if options["bank"] == "answer" else 1024
+    config.credit.chunk_size = 0 if options["bank"] == "answer" else 2
+  config.evaluation.task.name = f"dataset/{options['eval']}"
+  config.evaluation.task.options.update(_TASK_OPTIONS)
+  config.evaluation.num_prompts = BENCHMARKS[options["eval"]]
+  config.evaluation.samples = 4 if BENCHMARKS[options["eval"]] > 100 else 16
+  config.evaluation.rows = 128
+  config.evaluation.every = 50
+  config.checkpoint.every = 20
+  config.mesh.data = 1
+  config.mesh.fsdp = 8
+  return config

@@ -1,0 +1,216 @@
+"""pass@k and maj@k with confidence intervals over any task, from a checkpoint of ours or of others.
+
+    python experiments/evaluate.py --config configs/demo.py --workdir runs/demo/rredcot-0 --output results.json
+    python experiments/evaluate.py --config configs/qwen3_4b_numina_math.py:eval=aime --samples 64 --output aime.json
+    python experiments/evaluate.py --config configs/demo_llm.py --config.initial_params=model.gguf --output gguf.json
+
+With --workdir the newest checkpoint of that run is evaluated, else what
+`initial_params` names; the prompts are the configuration's held-out ones,
+`evaluation.num_prompts` of them. For greedy decoding: `--config.rollout.top_k=1`.
+
+pass@k is the unbiased estimate from all samples, maj@k the probability that the
+most frequent answer of k samples is right (`metrics.maj_at_k`). Intervals are
+95% bootstrap intervals over prompts (`metrics.bootstrap_interval`), so they hold
+the noise of sampling as well.
+
+Every judged batch is appended to `<output>.traces.jsonl`; the same command again
+goes on from there and ends with the same figures as an uninterrupted one. All
+randomness is a function of the seed and of where a batch starts, with the key of
+train.py's own evaluations: the same samples and rows repeat a run's figures.
+Another `evaluation.rows` draws other traces. The last line is one JSON object.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import train
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from rredcot_jax import checkpoint, evaluation, metrics, sharding, tasks, train_step
+from rredcot_jax import config as config_lib
+from rredcot_jax.model import decoder
+from rredcot_jax.model.config import ModelConfig
+
+# --config and --workdir are those of train.py.
+SAMPLES = flags.DEFINE_integer("samples", 16, "Traces a prompt.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "The JSON file to write.")
+
+
+def main(_: Any) -> None:
+  config, workdir = train.CONFIG.value, train.WORKDIR.value
+  config_lib.validate(config)
+  figures = run(config, workdir and pathlib.Path(workdir), samples=SAMPLES.value, output=pathlib.Path(OUTPUT.value))
+  print_table(figures)
+  print(json.dumps(figures))
+
+
+def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, output: pathlib.Path) -> dict[str, Any]:
+  """Evaluates, resuming what `output` has begun, and writes the figures; see the module's docstring."""
+  # ---- Task, model, parameters -------------------------------------------------------------
+  task_options = config_lib.task_options(config, "eval")
+  task = tasks.make_task(**task_options)
+  num_prompts, rows = config.evaluation.num_prompts, config.evaluation.rows
+  if num_prompts < 2:
+    raise ValueError(f"evaluation.num_prompts={num_prompts} must be at least 2: intervals are over prompts.")
+  model = config_lib.model_config(config, len(task.tokenizer))
+  mesh = sharding.make_mesh(**config.mesh)
+  start_key, eval_key = jax.random.split(jax.random.key(config.seed))
+  if workdir is not None:
+    step, params = restore_run(workdir, model, mesh, vocab_size=len(task.tokenizer))
+  elif config.initial_params:
+    step, params = 0, checkpoint.start_params(config.initial_params, model, mesh, start_key)
+  else:
+    raise ValueError("this configuration starts at random: give --workdir of a run, or set initial_params.")
+
+  # ---- Traces ------------------------------------------------------------------------------
+  settings = {
+    "params": str(workdir or config.initial_params),
+    "step": step,
+    "task": task_options,
+    "num_prompts": num_prompts,
+    "samples": samples,
+    "rows": rows,
+    "seed": config.seed,
+    "rollout": train.rollout_options(config),
+  }
+  output.parent.mkdir(parents=True, exist_ok=True)
+  traces = output.with_name(output.name + ".traces.jsonl")
+  judged = claim_traces(traces, settings)
+  batches = evaluation.judged_batches(
+    params, model, task, mesh, eval_key, num_prompts=num_prompts, samples=samples, rows=rows, first=len(judged),
+    **train.rollout_options(config),
+  )  # fmt: skip
+  with (
+    open(traces, "a", encoding="utf-8") as file,
+    tqdm(initial=len(judged), total=num_prompts * samples, desc="traces") as progress,
+  ):
+    for batch in batches:
+      file.write("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in batch))
+      file.flush()
+      os.fsync(file.fileno())
+      judged += batch
+      progress.update(len(batch))
+
+  # ---- Figures -----------------------------------------------------------------------------
+  figures = summarise(judged, num_prompts, samples)
+  write_atomically(output, json.dumps({"settings": settings, **figures}, indent=1) + "\n")
+  return figures
+
+
+def restore_run(
+  workdir: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, *, vocab_size: int
+) -> tuple[int, decoder.Params]:
+  """The newest checkpoint of a run: its step and its parameters.
+
+  Raises:
+    ValueError: if there is none, or if its model is not `model`, naming the sizes that differ.
+  """
+  if not (workdir / "config.json").is_file():
+    raise ValueError(f"{workdir} is no work directory of experiments/train.py: it has no config.json.")
+  trained = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"])
+  differing = differences(dataclasses.asdict(config_lib.model_config(trained, vocab_size)), dataclasses.asdict(model))
+  if differing:
+    raise ValueError(f"the run in {workdir} trained another model than config.model says: {', '.join(differing)}.")
+  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(trained))
+  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
+  placement = sharding.infer(mesh, abstract)
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
+  saver = checkpoint.Checkpointer(workdir / "checkpoints", keep=trained.checkpoint.keep)
+  restored = saver.restore_latest(abstract)
+  saver.close()
+  if restored is None:
+    raise ValueError(f"{workdir} holds no checkpoint yet.")
+  return restored[0], restored[1].params
+
+
+def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluation.Judged]:
+  """The whole batches that an interrupted evaluation left, after which the file may be appended to.
+
+  A line that was cut off, and all of a batch that is not whole, is dropped from
+  the file; a file that does not exist is begun.
+
+  Raises:
+    ValueError: if the file holds an evaluation of other settings, naming what differs.
+  """
+  header = json.dumps({"settings": settings})
+  judged: list[evaluation.Judged] = []
+  text = path.read_text(encoding="utf-8") if path.exists() else ""
+  lines = text.split("\n")[:-1]  # What follows the last newline was cut off.
+  if lines:
+    differing = differences(json.loads(lines[0])["settings"], json.loads(header)["settings"])
+    if differing:
+      raise ValueError(f"{path} holds another evaluation: {', '.join(differing)}. Choose another --output.")
+    judged = [evaluation.Judged(**json.loads(line)) for line in lines[1:]]
+    if len(judged) < settings["num_prompts"] * settings["samples"]:
+      judged = judged[: len(judged) // settings["rows"] * settings["rows"]]
+  kept = [header, *lines[1 : 1 + len(judged)]]
+  write_atomically(path, "".join(line + "\n" for line in kept))
+  return judged
+
+
+def summarise(judged: Sequence[evaluation.Judged], num_prompts: int, samples: int) -> dict[str, Any]:
+  """Every figure of a finished evaluation, as plain JSON values; traces in the order they were made."""
+  correct = evaluation.is_correct(judged).reshape(num_prompts, samples)
+  votes = evaluation.votes_of(judged).reshape(num_prompts, samples)
+  ks = [2**i for i in range(samples.bit_length())]
+  columns = {
+    "pass": [metrics.pass_at_k(correct.sum(axis=1), samples, k) for k in ks],
+    "maj": [metrics.maj_at_k(votes, correct, k) for k in ks],
+  }
+  of_k: dict[str, Any] = {str(k): {} for k in ks}
+  for name, values in columns.items():
+    by_prompt = np.stack(values, axis=1)
+    ends = metrics.bootstrap_interval(by_prompt)
+    for i, k in enumerate(ks):
+      interval = [round(float(end), 6) for end in ends[:, i]]
+      of_k[str(k)] |= {name: round(float(by_prompt[:, i].mean()), 6), f"{name}_interval": interval}
+  return {
+    "prompts": num_prompts,
+    "samples": samples,
+    "k": of_k,
+    "length": round(float(np.mean([one.length for one in judged])), 2),
+    "truncated": round(float(np.mean([one.truncated for one in judged])), 6),
+    "answered": round(float(np.mean([one.answer is not None for one in judged])), 6),
+  }
+
+
+def print_table(figures: dict[str, Any]) -> None:
+  """The figures for people."""
+  show = lambda row, name: "{:6.1f}% [{:.1f}, {:.1f}]".format(*(100 * x for x in (row[name], *row[f"{name}_interval"])))
+  print(f"\n{'k':>4}  {'pass@k [95%]':<24}{'maj@k [95%]'}")
+  for k, row in figures["k"].items():
+    print(f"{k:>4}  {show(row, 'pass'):<24}{show(row, 'maj')}")
+  print(
+    f"\n{figures['prompts']} prompts x {figures['samples']} samples, {figures['length']:.1f} tokens on average, "
+    f"{100 * figures['truncated']:.1f}% truncated, {100 * figures['answered']:.1f}% answered"
+  )
+
+
+def differences(held: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+  """What differs between two nested dicts, as "name (1 there, 2 here)"."""
+  there, here = train.flatten(held), train.flatten(wanted)
+  return [
+    f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"
+    for name in sorted(there.keys() | here.keys())
+    if there.get(name) != here.get(name)
+  ]
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(text, encoding="utf-8")
+  os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "output"])
+  logging.set_verbosity(logging.WARNING)
+  app.run(main)
