@@ -294,3 +294,23 @@ def test_token_texts_cover_the_vocabulary(tokenizer):
 def test_decode_leaves_out_what_is_no_token(tokenizer):
   assert tasks.decode(tokenizer, [3, -1, 1024, 2**70, 3]) == "</think></think>"
   assert tasks.decode(tokenizer, tokenizer.encode("é")[:1]) == "\ufffd"
+
+
+def test_templates_choose_what_is_asked():
+  task = tasks.make_task(GSM, split="eval", size=20, templates=(43, 10))
+  boys, ages = (
+    sum(words in example.question for example in task) for words in ("toys do they have", "How old is")
+  )  # fmt: skip
+  others = [e.question for e in task if "do they have together" not in e.question and "How old is" not in e.question]
+  assert others == [] and ages > 0 and boys < 20
+  longer = tasks.make_task(GSM, split="eval", size=25, templates=(43, 10))
+  assert [e.question for e in task] == [longer[i].question for i in range(20)]
+
+
+@pytest.mark.parametrize(
+  ("name", "templates", "message"),
+  [(GSM, (43, 1000), "Template 1000"), ("reasoning_gym/chain_sum", (1,), "has no templates")],
+)
+def test_templates_that_are_not_there_are_named(name, templates, message):
+  with pytest.raises(ValueError, match=message):
+    tasks.make_task(name, split="train", size=5, templates=templates)

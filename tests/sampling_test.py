@@ -120,3 +120,22 @@ def test_sharded_over_four_devices_equals_one():
 def test_bad_options_are_named(options, message):
   with pytest.raises(ValueError, match=message):
     draw(**options)
+
+
+def test_draws_follow_the_distribution_over_several_blocks():
+  probs = np.zeros(700)
+  places = np.array([0, 1, 255, 256, 300, 511, 512, 699])  # On both sides of every block's edge.
+  probs[places] = [0.05, 0.1, 0.2, 0.05, 0.25, 0.05, 0.1, 0.2]
+  log_probs = jnp.log(jnp.asarray(probs, jnp.float32))
+  n = 20_000
+  tokens = jax.vmap(sampling.draw, in_axes=(0, None))(jax.random.split(jax.random.key(3), n), log_probs)
+  counts = np.bincount(np.asarray(tokens), minlength=700)
+  assert counts.sum() == counts[places].sum() == n
+  chi_square = ((counts[places] - n * probs[places]) ** 2 / (n * probs[places])).sum()
+  assert chi_square < 24.3  # 7 degrees of freedom, p = 0.001.
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 0.9999999, 1.0])
+def test_a_place_has_weight_at_both_ends_of_the_unit_interval(uniform):
+  weights = jnp.array([0.0, 1e-9, 0.0, 0.7, 0.0, 0.3, 0.0])
+  assert float(weights[sampling._place_of(jnp.float32(uniform), weights)]) > 0
