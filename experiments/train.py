@@ -187,12 +187,7 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, re
   path = workdir / "config.json"
   wanted = json.loads(json.dumps(config.to_dict()))
   if path.exists():
-    held = flatten(json.loads(path.read_text(encoding="utf-8"))["config"])
-    differing = [
-      f"{name} ({held.get(name)!r} there, {flatten(wanted).get(name)!r} here)"
-      for name in sorted(held.keys() | flatten(wanted).keys())
-      if held.get(name) != flatten(wanted).get(name)
-    ]
+    differing = config_lib.differences(json.loads(path.read_text(encoding="utf-8"))["config"], wanted)
     if differing:
       raise ValueError(
         f"{workdir} holds a run of another configuration: {', '.join(differing)}. Choose another --workdir."
@@ -204,14 +199,6 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, re
   temporary = path.with_name("config.json.tmp")
   temporary.write_text(json.dumps({"command": command, "config": wanted}, indent=1), encoding="utf-8")
   os.replace(temporary, path)
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-  """A nested dict with dotted names."""
-  flat: dict[str, Any] = {}
-  for name, value in tree.items():
-    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat
 
 
 def rollout_options(config: ConfigDict) -> dict[str, Any]:

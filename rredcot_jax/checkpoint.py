@@ -19,8 +19,10 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 from jax.typing import DTypeLike
+from ml_collections import ConfigDict
 
-from rredcot_jax import sharding
+from rredcot_jax import config as config_lib
+from rredcot_jax import sharding, train_step
 from rredcot_jax.model import decoder, huggingface
 from rredcot_jax.model.config import ModelConfig
 
@@ -131,6 +133,34 @@ def start_params(
     return huggingface.load(path, dtype=dtype, mesh=mesh)[1]
   params = load_params(path, abstract) if path else decoder.init(model, key)
   return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), sharding.infer(mesh, abstract))
+
+
+def restore_run(
+  workdir: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, *, vocab_size: int
+) -> tuple[int, Any]:
+  """The newest checkpoint of a run: its step and its parameters.
+
+  Raises:
+    ValueError: if there is none, or if its model is not `model`, naming the sizes that differ.
+  """
+  if not (workdir / "config.json").is_file():
+    raise ValueError(f"{workdir} is no work directory of experiments/train.py: it has no config.json.")
+  trained = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"])
+  differing = config_lib.differences(
+    dataclasses.asdict(config_lib.model_config(trained, vocab_size)), dataclasses.asdict(model)
+  )
+  if differing:
+    raise ValueError(f"the run in {workdir} trained another model than config.model says: {', '.join(differing)}.")
+  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(trained))
+  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
+  placement = sharding.infer(mesh, abstract)
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
+  saver = Checkpointer(workdir / "checkpoints", keep=trained.checkpoint.keep)
+  restored = saver.restore_latest(abstract)
+  saver.close()
+  if restored is None:
+    raise ValueError(f"{workdir} holds no checkpoint yet.")
+  return restored[0], restored[1].params
 
 
 def save_params(params: Any, path: str | os.PathLike) -> None:

@@ -242,6 +242,23 @@ def options_of(arg: str, allowed: Mapping[str, Sequence[str]]) -> dict[str, str]
   return chosen
 
 
+def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+  """What differs between two nested dicts, each as "a.b (1 there, 2 here)"."""
+  there, here = _flatten(held), _flatten(wanted)
+  return [
+    f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"
+    for name in sorted(there.keys() | here.keys())
+    if there.get(name) != here.get(name)
+  ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for name, value in tree.items():
+    flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+  return flat
+
+
 def validate(config: ConfigDict) -> None:
   """Checks what can be checked before anything is made.
 

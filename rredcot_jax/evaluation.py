@@ -59,8 +59,8 @@ def vote_of(answer: str | None) -> Hashable:
   """
   if answer is None:
     return None
-  answer = verifiers._without_dollars(answer)
-  number = verifiers._parse_number(answer)
+  answer = verifiers.without_dollars(answer)
+  number = verifiers.parse_number(answer)
   if number is not None:
     return number
   for pattern, replacement in ((_STRETCHED, ""), (_FRACTION, r"\\frac"), (_SPACES, "")):

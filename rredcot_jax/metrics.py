@@ -138,9 +138,10 @@ def _majority_right(votes: np.ndarray, correct: np.ndarray, chosen: np.ndarray) 
     return 0.0
   gives = votes[:, None] == answers
   counts, right = chosen @ gives, chosen @ (gives & correct[:, None])
-  wins = (counts == counts.max(axis=1, keepdims=True)) & (counts > 0)
+  # Where nobody votes all answers win, none of them right.
+  wins = counts == counts.max(axis=1, keepdims=True)
   share = np.where(wins, right / np.maximum(counts, 1), 0.0)
-  return float((share.sum(axis=1) / np.maximum(wins.sum(axis=1), 1)).mean())
+  return float((share.sum(axis=1) / wins.sum(axis=1)).mean())
 
 
 def bootstrap_interval(

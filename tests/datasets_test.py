@@ -328,6 +328,28 @@ def test_options_are_checked(sample):
     tasks.make_task("datasets/gsm8k", split="train")
 
 
+def test_an_instruction_follows_every_question_and_changes_nothing_else(sample):
+  instruction = "Put your final answer within \\boxed{}."
+  for split in datasets.SPLITS:
+    plain, asked = sample("gsm8k", split), sample("gsm8k", split, instruction=instruction)
+    assert [e.question for e in asked] == [f"{e.question}\n{instruction}" for e in plain]
+    assert [dataclasses.replace(e, question="") for e in asked] == [dataclasses.replace(e, question="") for e in plain]
+
+
+def test_the_chat_template_wraps_the_question_unless_told_not_to(sample, tmp_path):
+  tokenizer = tasks.load_tokenizer(datasets.TOKENIZER_DIR)
+  tokenizer.chat_template = "{{ 'Asked: ' + messages[0]['content'] + ' Reply: ' }}"
+  tokenizer.save_pretrained(tmp_path)
+  texts = {}
+  for chat in (True, False):
+    task = sample("gsm8k", tokenizer_dir=tmp_path, chat=chat)
+    texts[chat] = tasks.decode(task.tokenizer, tasks.prompt_ids(task.tokenizer, task[0]))
+  question = sample("gsm8k")[0].question
+  assert texts == {True: f"Asked: {question} Reply: <think>", False: f"{question}<think>"}
+  default = sample("gsm8k", tokenizer_dir=tmp_path)
+  assert tasks.decode(default.tokenizer, tasks.prompt_ids(default.tokenizer, default[0])) == texts[True]
+
+
 # ---- Files -------------------------------------------------------------------------------
 
 

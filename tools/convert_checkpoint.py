@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from rredcot_jax import checkpoint, sharding, tasks, train_step
+from rredcot_jax import checkpoint, sharding, tasks
 from rredcot_jax import config as config_lib
 from rredcot_jax.model import decoder, huggingface
 
@@ -70,14 +70,8 @@ def load_run(workdir: pathlib.Path):
   config = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"])
   tokenizer = tasks.make_task(**config_lib.task_options(config, "train")).tokenizer
   model = config_lib.model_config(config, len(tokenizer))
-  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
-  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
-  placement = sharding.infer(sharding.make_mesh(), abstract)
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
-  restored = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep).restore_latest(abstract)
-  if restored is None:
-    raise ValueError(f"{workdir} holds no checkpoint yet.")
-  return model, restored[1].params, tokenizer
+  _, params = checkpoint.restore_run(workdir, model, sharding.make_mesh(), vocab_size=len(tokenizer))
+  return model, params, tokenizer
 
 
 if __name__ == "__main__":

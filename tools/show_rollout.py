@@ -44,14 +44,9 @@ def main(_: Any) -> None:
   abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
   placement = sharding.infer(mesh, abstract)
   if WORKDIR.value:
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
-    saver = checkpoint.Checkpointer(pathlib.Path(WORKDIR.value) / "checkpoints", keep=config.checkpoint.keep)
-    restored = saver.restore_latest(target)
-    if restored is None:
-      raise app.UsageError(f"no checkpoint in {WORKDIR.value}: train first, or leave --workdir out")
-    step, params = restored[0], restored[1].params
+    step, params = checkpoint.restore_run(pathlib.Path(WORKDIR.value), model, mesh, vocab_size=len(tokenizer))
   elif config.initial_params:
-    step, params = 0, checkpoint.load_params(config.initial_params, abstract.params)
+    step, params = 0, checkpoint.start_params(config.initial_params, model, mesh, jax.random.key(config.seed))
   else:
     raise app.UsageError("this configuration starts at random: give --workdir of a trained run")
 

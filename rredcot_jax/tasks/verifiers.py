@@ -113,8 +113,8 @@ def numeric_match(text: str, answer: str) -> float:
   response = final_answer(text)
   if response is None:
     return 0.0
-  number = _parse_number(response)
-  return float(number is not None and number == _parse_number(answer))
+  number = parse_number(response)
+  return float(number is not None and number == parse_number(answer))
 
 
 def math_match(text: str, answer: str) -> float:
@@ -150,12 +150,12 @@ def math_match(text: str, answer: str) -> float:
   if response is None or gold is None:
     return 0.0
 
-  response, gold = _without_dollars(response), _without_dollars(gold)
+  response, gold = without_dollars(response), without_dollars(gold)
   if not response or not gold:
     return 0.0
   if response == gold:
     return 1.0
-  numbers = _parse_number(response), _parse_number(gold)
+  numbers = parse_number(response), parse_number(gold)
   if None not in numbers:
     if numbers[0] == numbers[1]:
       return 1.0
@@ -207,7 +207,7 @@ def _bounded(text: str) -> str | None:
   return text if 0 < len(text) <= MAX_ANSWER_CHARS else None
 
 
-def _parse_number(text: str) -> decimal.Decimal | None:
+def parse_number(text: str) -> decimal.Decimal | None:
   text = text.strip()
   if len(text) > MAX_NUMBER_CHARS:
     return None
@@ -217,7 +217,7 @@ def _parse_number(text: str) -> decimal.Decimal | None:
   return decimal.Decimal(match["sign"] + (match["whole"] or "0").replace(",", "") + match["rest"])
 
 
-def _without_dollars(text: str) -> str:
+def without_dollars(text: str) -> str:
   """`text` with an ASCII minus, without currency signs and without the dollar signs around all of it."""
   text = text.replace("\N{MINUS SIGN}", "-").replace("\\$", "").strip().removesuffix(".")
   inside = text.strip("$").strip().removesuffix(".")
