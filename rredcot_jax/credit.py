@@ -85,14 +85,39 @@ def assign_credit(
   estimate = functools.partial(values.estimate_values, form=rule.form, max_weight=rule.max_weight)
   lengths = jnp.sum(completions.scored, axis=-1)
   estimated, ess = jax.vmap(estimate)(log_p, completions.utilities, completions.log_q, completions.valid, lengths)
+  return credit_of_values(estimated, ess, rollout.mask, segments, returns, uniform_rows, rule=rule)
+
+
+def credit_of_values(
+  estimated: chex.Array,
+  effective_sample_size: chex.Array,
+  mask: chex.Array,
+  segments: types.Segments,
+  returns: chex.Array,
+  uniform_rows: chex.Array,
+  *,
+  rule: CreditRule,
+) -> types.Credit:
+  """The arrows from state values to token advantages, whatever the values were estimated with.
+
+  Args:
+    estimated: [B, K] float32, v(s_0) .. v(s_{K-1}): by `values.estimate_values`, or by generation
+      (`monte_carlo.MonteCarloValues.state_values`), which with mode="difference" is VinePPO (arXiv 2410.01679).
+    effective_sample_size: [B, K] float32, behind each value; k for k generated continuations.
+    mask: [B, T] bool, real trace tokens.
+    segments, returns, uniform_rows, rule: see `assign_credit`.
+
+  Returns:
+    Credit with fields [B, ...].
+  """
   redistribute = functools.partial(redistribution.redistribute, initial_value=rule.initial_value)
   rewards = jax.vmap(redistribute)(estimated, returns, segments.num_segments)
   to_tokens = functools.partial(advantages.token_advantages, mode=rule.mode, floor=rule.floor, scale=rule.scale)
   token_advantages = jax.vmap(to_tokens)(rewards, group_advantages(returns, rule), segments)
-  uniform = uniform_advantages(rollout.mask, returns, rule)
+  uniform = uniform_advantages(mask, returns, rule)
   return types.Credit(
     values=jax.vmap(redistribution.state_values)(estimated, returns, segments.num_segments),
     rewards=rewards,
     advantages=jnp.where(uniform_rows[:, None], uniform, token_advantages),
-    effective_sample_size=jnp.where(segments.mask, ess, 0.0),
+    effective_sample_size=jnp.where(segments.mask, effective_sample_size, 0.0),
   )

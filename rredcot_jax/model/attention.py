@@ -125,6 +125,25 @@ def _attend_block(query: chex.Array, key: chex.Array, value: chex.Array, seen: c
   return jnp.moveaxis(mixed, 3, 1).reshape(b, q, h, d)
 
 
+def mean_weights(query: chex.Array, key: chex.Array, mask: chex.Array) -> chex.Array:
+  """The softmax weights of `attend`, averaged over query heads; quadratic memory, for analysis.
+
+  Args:
+    query: [B, S, H, D].
+    key: [B, S, KV, D], H a multiple of KV.
+    mask: [B, S] bool, True on real tokens.
+
+  Returns:
+    [B, S, S] float32, query by key; rows of real tokens sum to 1, those of padding are 0.
+  """
+  b, s, _, d = query.shape
+  grouped = query.reshape(b, s, key.shape[2], -1, d)
+  scores = jnp.einsum("bqkgd,bckd->bkgqc", grouped * d**-0.5, key, preferred_element_type=jnp.float32)
+  seen = jnp.logical_and(jnp.tril(jnp.ones((s, s), bool))[None], mask[:, None, :])
+  weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, _MASKED), axis=-1)
+  return jnp.where(mask[:, :, None], jnp.mean(weights, axis=(1, 2)), 0.0)
+
+
 def attend_one(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
   """`attend` of one query a row to a cache, softmax in float32.
 
@@ -188,6 +207,53 @@ def attend_with_prefix(
     over_self.reshape(b, m, s, h, d),
     self_lse.reshape(b, m, s, h),
   )
+
+
+def attend_branches(
+  query: chex.Array,
+  key: chex.Array,
+  value: chex.Array,
+  mask: chex.Array,
+  prefix_key: chex.Array,
+  prefix_value: chex.Array,
+  prefix_mask: chex.Array,
+) -> chex.Array:
+  """`attend_with_prefix` of one query a branch, whose own keys and values are in a cache; softmax in float32.
+
+  The row's prefix is read once for all its branches, as the left side of one product.
+
+  Args:
+    query: [B, M, H, D].
+    key, value: [B M, KV, S, D], the branches' own caches, H a multiple of KV.
+    mask: [B M, S] bool, at least one True a branch.
+    prefix_key, prefix_value: [B, KV, C, D], shared by the M branches of a row.
+    prefix_mask: [B, M, C] bool, the part of the prefix before each branch's cut; may be empty.
+
+  Returns:
+    [B, M, H, D].
+  """
+  b, m, h, d = query.shape
+  kv = prefix_key.shape[1]
+  over_self, self_lse = _attend_cache(query.reshape(b * m, kv, -1, d), key, value, mask[:, None, :, None])
+  grouped = jnp.moveaxis(query.reshape(b, m, kv, h // kv, d), 1, 2).reshape(b, kv, -1, d)
+  seen = jnp.repeat(jnp.swapaxes(prefix_mask, 1, 2), h // kv, axis=2)
+  over_prefix, prefix_lse = _attend_cache(grouped, prefix_key, prefix_value, seen[:, None])
+  by_branch = lambda x: jnp.moveaxis(x.reshape(b, kv, m, h // kv, *x.shape[3:]), 2, 1).reshape(b, m, h, *x.shape[3:])
+  return merge(by_branch(over_prefix), by_branch(prefix_lse), over_self.reshape(b, m, h, d), self_lse.reshape(b, m, h))
+
+
+def _attend_cache(
+  query: chex.Array, key: chex.Array, value: chex.Array, seen: chex.Array
+) -> tuple[chex.Array, chex.Array]:
+  """[B, KV, Q, D] queries over [B, KV, C, D] keys where `seen`, which broadcasts to [B, KV, C, Q]; and the log-sum-exp.
+
+  A query that sees nothing gives finite garbage of log-sum-exp `_MASKED` or so, which no merge looks at.
+  """
+  scores = jnp.einsum("bkcd,bkqd->bkcq", key, query, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+  scores = jnp.where(seen, scores, _MASKED)
+  lse = jax.nn.logsumexp(scores, axis=2)
+  weights = jnp.exp(scores - lse[:, :, None]).astype(value.dtype)
+  return jnp.einsum("bkcq,bkcd->bkqd", weights, value), lse
 
 
 def merge(out_a: chex.Array, lse_a: chex.Array, out_b: chex.Array, lse_b: chex.Array) -> chex.Array:

@@ -3,11 +3,14 @@
 Flax NNX modules hold the parameters and their initialisation. The layers are
 one stack: every block parameter carries a leading layer axis and the layers
 run as one `lax.scan`. Outside this file a model is `(config, params)`, a
-frozen record and a pytree, and the three pure functions below:
+frozen record and a pytree, and the four pure functions below:
 
-  forward        a whole sequence        -> hidden states, and its keys and values
-  decode_step    one token a row         -> hidden states, cache extended
-  run_branches   many continuations      -> hidden states, cache shared and untouched
+  forward          a whole sequence          -> hidden states, and its keys and values
+  decode_step      one token a row           -> hidden states, cache extended
+  run_branches     many continuations        -> hidden states, cache shared and untouched
+  decode_branches  one token a continuation  -> hidden states, cache shared, the branches' own extended
+
+`forward_from_embeddings` and `attention_weights` are `forward` opened up for attribution.py.
 """
 
 import functools
@@ -112,14 +115,56 @@ def forward(params: Params, config: ModelConfig, tokens: chex.Array, mask: chex.
   """
   chex.assert_rank([tokens, mask], 2)
   chex.assert_equal_shape([tokens, mask])
+  return forward_from_embeddings(params, config, _embed(params, tokens), mask)
+
+
+def forward_from_embeddings(
+  params: Params, config: ModelConfig, x: chex.Array, mask: chex.Array
+) -> tuple[chex.Array, Cache]:
+  """`forward` of sequences given as input embeddings, for what differentiates with respect to them.
+
+  Args:
+    params: as `init` makes them; the table of embeddings is not read.
+    config: static.
+    x: [B, C, D] of the parameters' type.
+    mask: [B, C] bool, True on real tokens; positions count real tokens.
+
+  Returns:
+    Final hidden states [B, C, D] (garbage on padding) and the cache, C columns.
+  """
+  chex.assert_rank([x, mask], [3, 2])
+  chex.assert_equal_shape_prefix([x, mask], 2)
   positions = positions_of(mask)
 
   def attend(query: chex.Array, key: chex.Array, value: chex.Array, carry: None, layer: chex.Array) -> Any:
     kept = Cache(key=jnp.swapaxes(key, 1, 2), value=jnp.swapaxes(value, 1, 2))
     return attention.attend(query, key, value, mask), carry, kept
 
-  hidden, _, cache = _run(params, config, tokens, positions, attend, None)
+  hidden, _, cache = _run_layers(params, config, x, positions, attend, None)
   return hidden, cache
+
+
+def attention_weights(params: Params, config: ModelConfig, tokens: chex.Array, mask: chex.Array) -> chex.Array:
+  """What each token of whole sequences attends to in each layer, averaged over heads.
+
+  For analysis: memory is quadratic in C, L B C^2 floats kept and H B C^2 more
+  while a layer runs. `forward` never holds these weights.
+
+  Args:
+    params, config, tokens, mask: see `forward`.
+
+  Returns:
+    [L, B, C, C] float32, query by key; the rows of real tokens sum to 1, with 0
+    on padding and on later tokens; those of padding are 0.
+  """
+  chex.assert_rank([tokens, mask], 2)
+  chex.assert_equal_shape([tokens, mask])
+
+  def attend(query: chex.Array, key: chex.Array, value: chex.Array, carry: None, layer: chex.Array) -> Any:
+    return attention.attend(query, key, value, mask), carry, attention.mean_weights(query, key, mask)
+
+  _, _, weights = _run(params, config, tokens, positions_of(mask), attend, None)
+  return weights
 
 
 def decode_step(
@@ -191,6 +236,59 @@ def run_branches(
   return hidden
 
 
+def decode_branches(
+  params: Params,
+  config: ModelConfig,
+  cache: Cache,
+  prefix_mask: chex.Array,
+  branches: Cache,
+  token: chex.Array,
+  column: chex.Array,
+  mask: chex.Array,
+) -> tuple[chex.Array, Cache]:
+  """Runs one token of M continuations of each row's trace, which is read from the cache.
+
+  A branch keeps its own tokens in its own columns, in any order: keys carry their
+  positions, so that branches of any age write the same `column`.
+
+  Args:
+    params: as `init` makes them.
+    config: static.
+    cache: keys and values of the traces, C columns; shared by a row's branches and untouched.
+    prefix_mask: [B, M, C] bool, the columns that each branch continues.
+    branches: keys and values of the branches' own tokens, B M rows of S columns.
+    token: [B, M] int32.
+    column: [] int32, where the branches' keys and values are written, in [0, S).
+    mask: [B, M, S] bool, each branch's own columns, `column` included.
+
+  Returns:
+    Hidden states [B, M, D] and `branches` with `column` written.
+  """
+  chex.assert_rank([token, prefix_mask, mask], [2, 3, 3])
+  b, m = token.shape
+  positions = jnp.sum(prefix_mask, axis=-1, dtype=jnp.int32) + jnp.sum(mask, axis=-1, dtype=jnp.int32) - 1
+  flat_mask = mask.reshape(b * m, -1)
+
+  def attend(
+    query: chex.Array, key: chex.Array, value: chex.Array, carry: Cache, scanned: tuple[chex.Array, Cache]
+  ) -> Any:
+    layer, prefix = scanned
+
+    def write(whole: chex.Array, new: chex.Array) -> chex.Array:
+      return jax.lax.dynamic_update_slice(
+        whole, new.reshape(1, b * m, -1, 1, config.head_dim), (layer, 0, 0, column, 0)
+      )
+
+    carry = Cache(key=write(carry.key, key), value=write(carry.value, value))
+    own_key, own_value = carry.key[layer], carry.value[layer]
+    out = attention.attend_branches(query, own_key, own_value, flat_mask, prefix.key, prefix.value, prefix_mask)
+    return out, carry, None
+
+  layers = (jnp.arange(config.num_layers), cache)
+  hidden, branches, _ = _run(params, config, token, positions, attend, branches, layers)
+  return hidden, branches
+
+
 def logits(params: Params, hidden: chex.Array) -> chex.Array:
   """Next-token logits [..., V] float32 of hidden states [..., D]."""
   head = params["head"] if "head" in params else params["embedding"]
@@ -211,8 +309,24 @@ def _run(
   carry: Any,
   layers: Any = None,
 ) -> tuple[chex.Array, Any, Any]:
+  """`_run_layers` of tokens."""
+  return _run_layers(params, config, _embed(params, tokens), positions, attend, carry, layers)
+
+
+def _embed(params: Params, tokens: chex.Array) -> chex.Array:
+  return jnp.take(params["embedding"], tokens, axis=0)
+
+
+def _run_layers(
+  params: Params,
+  config: ModelConfig,
+  x: chex.Array,
+  positions: chex.Array,
+  attend: Callable[..., Any],
+  carry: Any,
+  layers: Any = None,
+) -> tuple[chex.Array, Any, Any]:
   """Scans the layers; `attend` decides what the queries of a layer look at."""
-  x = jnp.take(params["embedding"], tokens, axis=0)
   layers = jnp.arange(config.num_layers) if layers is None else layers
   turns = attention.rotary_turns(positions, config)
 

@@ -78,7 +78,7 @@ class GgufFile:
       # Nothing but the tokenizer has long values; it reads them itself.
       values = {name: field.contents() for name, field in self._reader.fields.items() if len(field.data) < 1000}
     except Exception as error:  # The library raises what its parsing trips over: struct, value and index errors.
-      raise ValueError(f"{self.path} is not a whole GGUF file: {error}") from error
+      raise ValueError(f"{self.path} is no GGUF file that can be read: {error}") from error
     if self._reader.byte_order != "I":
       raise ValueError(f"{self.path} is of the other byte order than this machine, which is not supported.")
     self._fields = Fields(self.path, values)

@@ -293,7 +293,7 @@ class _Safetensors:
 
 
 def _is_file_name(value: Any) -> bool:
-  return isinstance(value, str) and bool(value) and value == pathlib.PurePath(value).name
+  return isinstance(value, str) and value not in ("", "..") and value == pathlib.PurePath(value).name
 
 
 def parse_config(path: pathlib.Path) -> ModelConfig:
