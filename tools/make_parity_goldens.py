@@ -115,7 +115,7 @@ def branches(tokens: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
     "prompt_mask": mask[:, :width],
     "tokens": rows[:, width:],
     "mask": mask[:, width:],
-    "ends": np.array([[60, 131, 480], [7, 290, 472]], np.int32),
+    "ends": np.array([[20, 131, 480], [7, 60, 472]], np.int32),
     "completion_tokens": tokens_of("completions", vocab_size, 2 * k * n * s).reshape(2, k, n, s),
     "completion_mask": np.arange(s) < lengths[..., None],
   }
