@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import sys
 import time
 from typing import Any
@@ -27,8 +28,10 @@ from rredcot_jax import (
   checkpoint,
   completions,
   credit,
+  distributed,
   evaluation,
   losses,
+  masked,
   metrics,
   report,
   sampling,
@@ -44,19 +47,36 @@ from rredcot_jax.tasks import batching
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of this run is written.")
 RESUME = flags.DEFINE_bool("resume", True, "Resume the run that the work directory holds.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the other processes of this run by itself, on a TPU pod.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where they are not found.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes this run has.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
 
 
 def main(_: Any) -> None:
   config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
   config_lib.validate(config)
-  claim_workdir(workdir, config, " ".join(["python", *sys.argv]), resume=RESUME.value)
-  run(config, workdir)
-  report.write_report({workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None)
-  print(f"report: {workdir / 'report.html'}")
+  command = " ".join(["python", *map(shlex.quote, sys.argv)])
+  distributed.start(
+    coordinator=COORDINATOR.value, num_processes=NUM_PROCESSES.value, process_id=PROCESS_ID.value,
+    detect=DISTRIBUTED.value, heartbeat_seconds=config.distributed.heartbeat_seconds,
+  )  # fmt: skip
+  with distributed.StopNotice() as notice, distributed.stops_with_the_others(command):
+    claim_workdir(workdir, config, command, resume=RESUME.value)
+    finished = run(config, workdir, notice=notice)
+  if not finished:
+    say(f"told to stop ({notice.reason or 'another process was'}): saved. Resume with\n  {command}")
+  elif distributed.is_main():
+    report.write_report({workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None)
+    print(f"report: {workdir / 'report.html'}")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """The whole of training; see the module's docstring."""
+def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNotice | None = None) -> bool:
+  """The whole of training; see the module's docstring.
+
+  Returns:
+    Whether it came to its end; else `notice` was given, to any process, and all is saved.
+  """
   # ---- Task, tokenizer, model --------------------------------------------------------------
   train_task = tasks.make_task(**config_lib.task_options(config, "train"))
   held_out = tasks.make_task(**config_lib.task_options(config, "eval"))
@@ -68,6 +88,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
   # ---- State on the mesh -------------------------------------------------------------------
   mesh = sharding.make_mesh(**config.mesh)
+  group_size = config.rollout.group_size
+  rows = distributed.rows_of(mesh, config.rollout.prompts_per_step * group_size, group_size=group_size)
   optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
   abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, policy_key), optimizer))
   placement = sharding.infer(mesh, abstract)
@@ -87,36 +109,52 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
   prompts = batching.prompt_iterator(train_task, config.rollout.prompts_per_step, config.seed)
   saver = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
   restored = saver.restore_latest(abstract)
-  first = 0
+  first, rollout_tokens = 0, 0
   if restored is not None:
     first, state, data = restored
     prompts.set_state(data["prompts"])
     rollout_tokens = data["rollout_tokens"]
-    print(f"resumed from step {first} of {config.num_steps} in {workdir}", flush=True)
-  else:
-    rollout_tokens = 0
-  writer = metrics.MetricsWriter(workdir, resume_step=first if restored is not None else -1)
-  metrics.drop_lines_after(workdir / "traces.jsonl", first if restored is not None else -1)
+    say(f"resumed from step {first} of {config.num_steps} in {workdir}")
+  writer = metrics.MetricsWriter(
+    workdir, resume_step=first if restored is not None else -1, writes=distributed.is_main()
+  )
+  if distributed.is_main():
+    metrics.drop_lines_after(workdir / "traces.jsonl", first if restored is not None else -1)
 
-  def evaluate_at(step: int) -> None:
-    # The same key at every evaluation: the same noise for every policy.
-    result = evaluation.evaluate(
-      state.params, model, held_out, mesh, eval_key, num_prompts=config.evaluation.num_prompts,
-      samples=config.evaluation.samples, rows=config.evaluation.rows, **rollout_options(config),
-    )  # fmt: skip
+  def evaluate_at(step: int) -> bool:
+    """False if the run was told to stop meanwhile."""
+    try:
+      # The same key at every evaluation: the same noise for every policy.
+      result = evaluation.evaluate(
+        state.params, model, held_out, mesh, eval_key, num_prompts=config.evaluation.num_prompts,
+        samples=config.evaluation.samples, rows=config.evaluation.rows, notice=notice, **rollout_options(config),
+      )  # fmt: skip
+    except distributed.Stopped:
+      return False
     writer.write(step, result | {"train/rollout_tokens": rollout_tokens})
+    return True
 
-  if restored is None:
-    evaluate_at(0)
+  def save_at(step: int, dealt: dict) -> None:
+    # Metrics first: a checkpoint vouches for every line before it.
+    stop_on_nan(writer.flush(), workdir, recent)
+    saver.save(step, state, {"prompts": dealt, "rollout_tokens": rollout_tokens})
+
+  recent: dict[int, types.TrainBatch] = {}  # The last two: metrics arrive a step late.
+  stopped = needs_evaluation(config, workdir, first, restored is not None) and not evaluate_at(first)
+  if stopped:
+    save_at(first, prompts.get_state())
 
   # ---- The loop ----------------------------------------------------------------------------
-  recent: dict[int, types.TrainBatch] = {}  # The last two: metrics arrive a step late.
-  progress = tqdm(range(first, config.num_steps), initial=first, total=config.num_steps, desc=workdir.name)
+  progress = tqdm(
+    range(first, first if stopped else config.num_steps), initial=first, total=config.num_steps, desc=workdir.name,
+    disable=not distributed.is_main(),
+  )  # fmt: skip
   for step in progress:
     began = time.perf_counter()
 
     # ---- Prompts -> rollouts -> returns ----------------------------------------------------
-    examples = [train_task[int(i)] for i in next(prompts) for _ in range(config.rollout.group_size)]
+    position, dealt = prompts.get_state(), next(prompts)
+    examples = [train_task[int(dealt[row // group_size])] for row in rows.here]
     prompt_arrays = batching.prompt_arrays(train_task, examples, config.rollout.max_prompt_tokens)
     rollout, cache = sampling.sample(
       state.params, model, *sharding.put_batch(mesh, prompt_arrays), jax.random.fold_in(policy_key, step),
@@ -124,23 +162,31 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
       top_p=config.rollout.top_p, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
     )  # fmt: skip
     segments = steps.segment(rollout, tables)
-    on_host = jax.device_get(rollout)
-    returns = evaluation.returns_of(train_task, examples, on_host)
+    on_host, segments_on_host = distributed.to_host(mesh, (rollout, segments))
+    judged = [examples[place] for place in rows.judged]
+    rewards = evaluation.returns_of(train_task, judged, jax.tree.map(lambda x: x[rows.judged], on_host))
+    told = notice is not None and notice.given
+    lengths = on_host.mask[rows.judged].sum(axis=1)
+    (returns, lengths), stopped = rows.gather(rows.here[rows.judged], rewards, lengths, flag=told)
+    if stopped:
+      # This rollout is given up: the state is still the one of the last boundary.
+      save_at(step, position)
+      break
 
     # ---- Returns -> credit -----------------------------------------------------------------
     credit_began = time.perf_counter()
     bank = None
     if rule.needs_values:
       bank = completions.make_bank(
-        config.credit.bank, batching.references(train_task, examples), on_host, jax.device_get(segments), returns,
-        tables.newlines, **config_lib.bank_options(config),
+        config.credit.bank, batching.references(train_task, examples), on_host, segments_on_host,
+        returns[rows.here], tables.newlines, **config_lib.bank_options(config),
       )  # fmt: skip
-      placed = sharding.put_batch(mesh, (bank.completions, returns, bank.uniform_rows))
+      placed = sharding.put_batch(mesh, (bank.completions, returns[rows.here], bank.uniform_rows))
       credits = steps.assign(state.params, cache, rollout, segments, *placed)
       token_advantages = credits.advantages
     else:
       credits = None
-      token_advantages = steps.assign(on_host.mask, returns)
+      token_advantages = steps.assign(rollout.mask, returns)
     jax.block_until_ready(token_advantages)
     credit_seconds = time.perf_counter() - credit_began
 
@@ -154,9 +200,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
       state, update_metrics = steps.update(state, batch)
 
     # ---- Metrics, a step late --------------------------------------------------------------
-    rollout_tokens += int(on_host.mask.sum())
     now = {f"train/{name}": value for name, value in update_metrics.items()}
-    now |= host_metrics(on_host, segments, returns, zero_variance, bank, credits)
+    now |= host_metrics(mesh, rollout, segments, returns, lengths, zero_variance, bank, credits)
+    rollout_tokens += int(lengths.sum())
     now |= {"train/rollout_tokens": rollout_tokens, "train/credit_seconds": credit_seconds}
     now |= {"train/step_seconds": time.perf_counter() - began}
     show(progress, stop_on_nan(writer.write(step + 1, now), workdir, recent))
@@ -166,15 +212,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     last = done == config.num_steps
     if last or done % config.evaluation.every == 0:
       show(progress, stop_on_nan(writer.flush(), workdir, recent))
-      evaluate_at(done)
-      write_traces(workdir, done, train_task, examples, on_host, segments, credits, returns, config.num_traces)
-    if last or done % config.checkpoint.every == 0:
-      # Metrics first: a checkpoint vouches for every line before it.
-      stop_on_nan(writer.flush(), workdir, recent)
-      saver.save(done, state, {"prompts": prompts.get_state(), "rollout_tokens": rollout_tokens})
+      # Traces first: a run that is told to stop evaluates after it has been resumed, and has no rollout then.
+      write_traces(workdir, done, train_task, dealt, rollout, segments, credits, returns, config)
+      stopped = not evaluate_at(done)
+    if last or stopped or done % config.checkpoint.every == 0:
+      save_at(done, prompts.get_state())
+    if stopped:
+      break
   saver.wait()
   saver.close()
   writer.close()
+  return not stopped
 
 
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, resume: bool) -> None:
@@ -186,8 +234,12 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, re
   """
   path = workdir / "config.json"
   wanted = json.loads(json.dumps(config.to_dict()))
-  if path.exists():
-    differing = config_lib.differences(json.loads(path.read_text(encoding="utf-8"))["config"], wanted)
+  distributed.check_same("their configuration", json.dumps(wanted, sort_keys=True))
+  exists = path.exists()
+  # Nobody writes before everybody has looked.
+  distributed.barrier("looked at the work directory")
+  if exists:
+    differing = config_lib.run_differences(json.loads(path.read_text(encoding="utf-8"))["config"], wanted)
     if differing:
       raise ValueError(
         f"{workdir} holds a run of another configuration: {', '.join(differing)}. Choose another --workdir."
@@ -195,10 +247,25 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, re
     if not resume:
       raise ValueError(f"{workdir} holds a run and --noresume was given: choose another --workdir or remove it.")
     return
-  workdir.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name("config.json.tmp")
-  temporary.write_text(json.dumps({"command": command, "config": wanted}, indent=1), encoding="utf-8")
-  os.replace(temporary, path)
+  if distributed.is_main():
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name("config.json.tmp")
+    temporary.write_text(json.dumps({"command": command, "config": wanted}, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def needs_evaluation(config: ConfigDict, workdir: pathlib.Path, step: int, resumed: bool) -> bool:
+  """Whether the state at the start of this run is to be evaluated; a run told to stop may have saved before it did."""
+  due = step % config.evaluation.every == 0 or step == config.num_steps
+  if due and resumed and distributed.is_main():
+    lines = report.read_metrics(workdir / "metrics.jsonl")
+    due = not any(line["step"] == step and "eval/pass@1" in line for line in lines)
+  return distributed.from_main(due)
+
+
+def say(text: str) -> None:
+  if distributed.is_main():
+    print(text, flush=True)
 
 
 def rollout_options(config: ConfigDict) -> dict[str, Any]:
@@ -222,31 +289,35 @@ def train_batch(
 
 
 def host_metrics(
+  mesh: Any,
   rollout: types.Rollout,
   segments: types.Segments,
   returns: np.ndarray,
+  lengths: np.ndarray,
   zero_variance: np.ndarray,
   bank: Any,
   credits: Any,
 ) -> dict[str, Any]:
-  """What is counted beside the update's own metrics."""
+  """What is counted beside the update's own metrics, over all processes; on devices, where nothing waits for it."""
   result = {
     "train/reward": returns.mean(),
-    "train/length": rollout.mask.sum(axis=1).mean(),
+    "train/length": lengths.mean(),
     "train/truncated": rollout.truncated.mean(),
     "train/zero_variance_groups": zero_variance.mean(),
     "train/segments": segments.num_segments.mean(),
     "train/merged_cuts": segments.num_merged.sum(),
   }
   if bank is not None:
-    exists = np.asarray(segments.mask)
-    ess = np.asarray(credits.effective_sample_size)
+    exists, ess = segments.mask, credits.effective_sample_size
+    dropped = np.zeros(len(bank.fallback), np.int32)
+    dropped[0] = bank.num_dropped  # Of this process's rows together.
+    fallback, dropped = sharding.put_batch(mesh, (bank.fallback, dropped))
     result |= {
-      "credit/fallback_rows": bank.fallback.mean(),
-      "credit/dropped_completions": bank.num_dropped,
-      "credit/covered_states": (ess > 0)[exists].mean(),
-      "credit/effective_sample_size": ess[exists].mean(),
-      "credit/initial_value": np.asarray(credits.values)[:, 0].mean(),
+      "credit/fallback_rows": fallback.mean(),
+      "credit/dropped_completions": dropped.sum(),
+      "credit/covered_states": masked.masked_mean((ess > 0).astype(ess.dtype), exists),
+      "credit/effective_sample_size": masked.masked_mean(ess, exists),
+      "credit/initial_value": credits.values[:, 0].mean(),
     }
   return result
 
@@ -260,9 +331,9 @@ def stop_on_nan(lines: list[dict], workdir: pathlib.Path, recent: dict[int, type
   for line in lines:
     if not math.isfinite(line.get("train/loss", 0.0)) or not math.isfinite(line.get("train/gradient_norm", 0.0)):
       path = workdir / f"nan_batch_{line['step']}.npz"
-      batch = recent[line["step"]]
-      fields = {f.name: np.asarray(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
-      np.savez(path, **fields)
+      batch = distributed.whole(recent[line["step"]])
+      if distributed.is_main():
+        np.savez(path, **{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
       raise FloatingPointError(
         f"the loss of step {line['step']} is not finite; the batch is saved in {path} and the last checkpoint is "
         "untouched. Lower optimizer.learning_rate or look at the batch."
@@ -277,17 +348,21 @@ def show(progress: tqdm, lines: list[dict]) -> None:
 
 
 def write_traces(
-  workdir: pathlib.Path, step: int, task: tasks.Task, examples: list, rollout: types.Rollout, segments: types.Segments,
-  credits: types.Credit | None, returns: np.ndarray, num_traces: int,
+  workdir: pathlib.Path, step: int, task: tasks.Task, dealt: np.ndarray, rollout: types.Rollout,
+  segments: types.Segments, credits: types.Credit | None, returns: np.ndarray, config: ConfigDict,
 ) -> None:  # fmt: skip
   """Appends a few traces with their credit, for the report; nothing for plain GRPO."""
   if credits is None:
     return
-  rows = jax.device_get((rollout, segments, credits))
+  chosen = np.linspace(0, len(returns) - 1, config.num_traces).astype(int)
+  rows = distributed.whole(jax.tree.map(lambda x: x[chosen], (rollout, segments, credits)))
+  if not distributed.is_main():
+    return
   with open(workdir / "traces.jsonl", "a", encoding="utf-8") as file:
-    for row in np.linspace(0, len(examples) - 1, num_traces).astype(int):
-      one = jax.tree.map(lambda x: x[row], rows)  # noqa: B023
-      file.write(json.dumps(evaluation.trace_record(step, task, examples[row], *one, returns[row])) + "\n")
+    for place, row in enumerate(chosen):
+      one = jax.tree.map(lambda x: x[place], rows)  # noqa: B023
+      example = task[int(dealt[row // config.rollout.group_size])]
+      file.write(json.dumps(evaluation.trace_record(step, task, example, *one, returns[row])) + "\n")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ class Checkpointer:
     self._manager = ocp.CheckpointManager(self._directory, options=self._options)
 
   def save(self, step: int, state: Any, data: dict) -> None:
-    """Writes in the background; `wait` before leaving."""
+    """Writes in the background, unless `step` is there already; `wait` before leaving."""
+    if step in self._manager.all_steps():
+      return
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
     self._manager.save(step, args=args)
 
@@ -132,7 +134,7 @@ def start_params(
       raise ValueError(f"the checkpoint {path!r} is another model than config.model says: {', '.join(differing)}.")
     return huggingface.load(path, dtype=dtype, mesh=mesh)[1]
   params = load_params(path, abstract) if path else decoder.init(model, key)
-  return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), sharding.infer(mesh, abstract))
+  return sharding.put_state(sharding.infer(mesh, abstract), jax.tree.map(lambda x: x.astype(dtype), params))
 
 
 def restore_run(

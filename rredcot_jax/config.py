@@ -132,6 +132,9 @@ def default_config() -> ConfigDict:
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
 
+  config.distributed = ConfigDict()  # Several processes; how many is no part of an experiment.
+  config.distributed.heartbeat_seconds = 100  # A process silent for so long is taken for dead, and the others stop.
+
   config.num_traces = 8  # Traces kept for the report, at every evaluation.
   config.lock()
   config.task.options.unlock()
@@ -250,6 +253,21 @@ def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     for name in sorted(there.keys() | here.keys())
     if there.get(name) != here.get(name)
   ]
+
+
+# How a run is laid out and looked after, not what it computes; another layout agrees to float32 reassociation.
+_LAYOUT = ("mesh.", "distributed.", "checkpoint.")
+
+
+def run_differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+  """As `differences`, between a run's stored configuration and one to resume it with.
+
+  A key that the run does not have, being older, is taken to have its default; keys of
+  the layout (mesh, distributed, checkpoint) may change.
+  """
+  flat = _flatten(default_config().to_dict()) | _flatten(held)
+  kept = lambda tree: {name: value for name, value in tree.items() if not name.startswith(_LAYOUT)}
+  return differences(kept(flat), kept(_flatten(wanted)))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

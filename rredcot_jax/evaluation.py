@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rredcot_jax import metrics, sampling, sharding, tasks, types
+from rredcot_jax import distributed, metrics, sampling, sharding, tasks, types
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.tasks import batching, chain, verifiers
@@ -84,6 +84,7 @@ def judged_batches(
   top_k: int,
   top_p: float,
   first: int = 0,
+  notice: distributed.StopNotice | None = None,
 ) -> Iterator[list[Judged]]:
   """Samples and judges the traces of the first `num_prompts` prompts of `task`, a batch at a time.
 
@@ -99,26 +100,43 @@ def judged_batches(
     num_prompts, samples, rows: see above.
     max_prompt_tokens, max_tokens, temperature, top_k, top_p: see `config.rollout`.
     first: the trace to begin with; a multiple of `rows`, or all of them, which yields nothing.
+    notice: is looked at after every batch.
+
+  Of several processes each judges its share, and all yield the same.
+
+  Raises:
+    distributed.Stopped: if `notice` was given to a process.
   """
   total = num_prompts * samples
   if not 1 <= num_prompts <= len(task):
     raise ValueError(f"evaluation.num_prompts={num_prompts} must lie in [1, {len(task)}], the task's held-out prompts.")
   if first % rows and first != total:
     raise ValueError(f"first={first} must be a multiple of evaluation.rows={rows}.")
+  share = distributed.rows_of(mesh, rows)
   for start in range(first, total, rows):
     places = [divmod(i, samples) for i in range(start, min(start + rows, total))]
     examples = [task[prompt] for prompt, _ in places]
     filled = examples + [examples[-1]] * (rows - len(examples))
-    prompts = sharding.put_batch(mesh, batching.prompt_arrays(task, filled, max_prompt_tokens))
+    mine = [filled[row] for row in share.here]
+    prompts = sharding.put_batch(mesh, batching.prompt_arrays(task, mine, max_prompt_tokens))
     rollout, _ = sampling.sample(
       params, config, *prompts, jax.random.fold_in(key, start), max_tokens=max_tokens,
       temperature=temperature, top_k=top_k, top_p=top_p,
       eos_id=task.tokenizer.eos_token_id, pad_id=task.tokenizer.pad_token_id,
     )  # fmt: skip
-    rollout = jax.tree.map(lambda x: x[: len(places)], jax.device_get(rollout))  # noqa: B023
+    rollout = distributed.whole(rollout)
+    texts = trace_texts(task, rollout)
+    # The filling is judged by nobody.
+    judged = [row for row in share.here[share.judged] if row < len(places)]
+    (rewards,), stopped = share.gather(
+      judged, [task.reward(examples[row], texts[row]) for row in judged], flag=notice is not None and notice.given
+    )
+    if stopped:
+      raise distributed.Stopped
+    rollout = jax.tree.map(lambda x: x[: len(places)], rollout)  # noqa: B023
     columns = (
-      map(answer_of, trace_texts(task, rollout)),
-      returns_of(task, examples, rollout).tolist(),
+      map(answer_of, texts[: len(places)]),
+      rewards[: len(places)].tolist(),
       rollout.mask.sum(axis=1).tolist(),
       rollout.truncated.tolist(),
     )

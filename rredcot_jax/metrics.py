@@ -22,14 +22,19 @@ _RESAMPLES_AT_ONCE = 500  # Of the bootstrap; bounds its memory.
 class MetricsWriter:
   """Appends to `metrics.jsonl` (and TensorBoard) in a work directory."""
 
-  def __init__(self, workdir: str | os.PathLike, *, resume_step: int):
-    """Opens the files; lines of steps after `resume_step` belong to a lost future and are dropped."""
+  def __init__(self, workdir: str | os.PathLike, *, resume_step: int, writes: bool = True):
+    """Opens the files; lines of steps after `resume_step` belong to a lost future and are dropped.
+
+    With `writes` off it only reads the metrics: of several processes, one writes.
+    """
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
-    drop_lines_after(self._path, resume_step)
-    self._file = open(self._path, "a", encoding="utf-8")
-    self._board = tensorboardX.SummaryWriter(
-      str(pathlib.Path(workdir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=30
-    )
+    self._writes = writes
+    if writes:
+      drop_lines_after(self._path, resume_step)
+      self._file = open(self._path, "a", encoding="utf-8")
+      self._board = tensorboardX.SummaryWriter(
+        str(pathlib.Path(workdir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=30
+      )
     self._pending: list[tuple[int, Mapping[str, Any]]] = []
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> list[dict]:
@@ -45,19 +50,22 @@ class MetricsWriter:
     for step, metrics in pending:
       values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
       lines.append({"step": step, **values})
+      if not self._writes:
+        continue
       self._file.write(json.dumps(lines[-1]) + "\n")
       for name, value in values.items():
         if math.isfinite(value):
           self._board.add_scalar(name, value, step)
-    self._file.flush()
-    if lines:
+    if lines and self._writes:
+      self._file.flush()
       os.fsync(self._file.fileno())
     return lines
 
   def close(self) -> None:
     self.flush()
-    self._file.close()
-    self._board.close()
+    if self._writes:
+      self._file.close()
+      self._board.close()
 
 
 def drop_lines_after(path: str | os.PathLike, step: int) -> None:

@@ -79,16 +79,59 @@ def cache(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, tree: Any) -> Any:
-  """Places host arrays [B, ...] with their leading axis split.
+  """Places arrays [B, ...] with their leading axis split.
+
+  Of several processes each gives host arrays of its own rows, as `distributed.Rows.here`
+  numbers them; arrays that already lie on the devices of all are moved where need be.
 
   Raises:
     ValueError: if B is not a multiple of the data axes' size.
   """
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  for leaf in jax.tree.leaves(tree):
-    if leaf.shape[0] % parts:
-      raise ValueError(
-        f"a batch of {leaf.shape[0]} rows does not split over {parts} devices: change "
-        "rollout.prompts_per_step, rollout.group_size or the mesh."
-      )
-  return jax.device_put(tree, batch(mesh))
+  place = batch(mesh)
+  if place.is_fully_addressable:
+    for leaf in jax.tree.leaves(tree):
+      check_rows(mesh, leaf.shape[0])
+    return jax.device_put(tree, place)
+  parts = _parts(mesh)
+  indices: Any = place.addressable_devices_indices_map((parts,)).values()
+  here = sorted({part.start or 0 for (part,) in indices})
+
+  def put(leaf: Any) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      return jax.device_put(leaf, place)
+    each = leaf.shape[0] // len(here)
+    shape = (each * parts, *leaf.shape[1:])
+    leaf = np.asarray(leaf)
+
+    def rows(index: Any) -> np.ndarray:
+      first = here.index((index[0].start or 0) // each) * each
+      return leaf[first : first + each]
+
+    return jax.make_array_from_callback(shape, place, rows)
+
+  return jax.tree.map(put, tree)
+
+
+def check_rows(mesh: Mesh, count: int) -> None:
+  """Raises ValueError if a batch of `count` rows does not split over the data axes."""
+  if count % _parts(mesh):
+    raise ValueError(
+      f"a batch of {count} rows does not split over {_parts(mesh)} devices: change "
+      "rollout.prompts_per_step, rollout.group_size or the mesh."
+    )
+
+
+def put_state(placement: Any, tree: Any) -> Any:
+  """Places a tree of host arrays, the same on every process, as `infer` says."""
+  if all(place.is_fully_addressable for place in jax.tree.leaves(placement)):
+    return jax.device_put(tree, placement)
+
+  def put(leaf: Any, place: NamedSharding) -> jax.Array:
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
+
+  return jax.tree.map(put, tree, placement)
+
+
+def _parts(mesh: Mesh) -> int:
+  return int(np.prod([mesh.shape[axis] for axis in _BATCH_AXES]))

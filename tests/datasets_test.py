@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given
@@ -505,17 +504,12 @@ datasets.Dataset("amc23", split="eval", data_dir={str(tmp_path)!r})
 # ---- The loader --------------------------------------------------------------------------
 
 
-def deal(task, steps, *, seed=0, batch_size=8, count=1, states=None):
-  """The batches of `steps` steps, each put together from `count` processes, and the states after them."""
-  loaders = [
-    batching.prompt_iterator(task, batch_size, seed, process_index=i, process_count=count) for i in range(count)
-  ]
-  for loader in loaders:
-    if states is not None:
-      loader.set_state(states)
-  batches = [np.concatenate([next(loader) for loader in loaders]) for _ in range(steps)]
-  (state,) = {json.dumps(loader.get_state()) for loader in loaders}  # One state, whoever saves it.
-  return [batch.tolist() for batch in batches], json.loads(state)
+def deal(task, steps, *, seed=0, batch_size=8, state=None):
+  """The batches of `steps` steps, and the state after them as a checkpoint carries it."""
+  loader = batching.prompt_iterator(task, batch_size, seed)
+  if state is not None:
+    loader.set_state(state)
+  return [next(loader).tolist() for _ in range(steps)], json.loads(json.dumps(loader.get_state()))
 
 
 @pytest.fixture
@@ -523,10 +517,8 @@ def numbers(corpus):
   return corpus("amc23", [question(i) for i in range(20)])()
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
-def test_processes_together_deal_the_batches_of_one(numbers, count):
+def test_each_epoch_is_shuffled_anew(numbers):
   batches, _ = deal(numbers, 12)
-  assert deal(numbers, 12, count=count)[0] == batches
   dealt = [i for batch in batches for i in batch]
   for epoch in range(4):  # Batches of 8 do not divide epochs of 20.
     assert sorted(dealt[20 * epoch : 20 * epoch + 20]) == list(range(20))
@@ -534,18 +526,13 @@ def test_processes_together_deal_the_batches_of_one(numbers, count):
   assert deal(numbers, 12, seed=1)[0] != batches
 
 
-@pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 4), (4, 1)])
-def test_a_restored_loader_goes_on_whatever_the_number_of_processes(numbers, before, after):
+def test_a_restored_loader_goes_on(numbers):
   whole, _ = deal(numbers, 12)
-  first, state = deal(numbers, 5, count=before)
-  rest, _ = deal(numbers, 7, count=after, states=state)
+  first, state = deal(numbers, 5)
+  rest, _ = deal(numbers, 7, state=state)
   assert first + rest == whole
 
 
-def test_a_batch_must_divide_among_processes(numbers):
-  with pytest.raises(ValueError, match=r"prompts_per_step=8 does not divide evenly among 3 processes"):
-    batching.prompt_iterator(numbers, 8, 0, process_index=0, process_count=3)
-  with pytest.raises(ValueError, match=r"process_index=2 is outside \[0, 2\)"):
-    batching.prompt_iterator(numbers, 8, 0, process_index=2, process_count=2)
+def test_a_batch_must_fit_the_task(numbers):
   with pytest.raises(ValueError, match="yields 20 prompts and a step needs 40"):
-    batching.prompt_iterator(numbers, 40, 0, process_index=0, process_count=2)
+    batching.prompt_iterator(numbers, 40, 0)

@@ -83,10 +83,10 @@ def test_nothing_is_compiled_twice(uninterrupted):
   assert sampling.sample._cache_size() == before
 
 
-@pytest.mark.parametrize(("moment", "count"), [("step", 7), ("checkpoint", 2)])
+@pytest.mark.parametrize(("moment", "count"), [("step", 5), ("checkpoint", 2)])
 def test_killed_and_resumed_repeats_the_run(uninterrupted, moment, count):
   workdir = uninterrupted.parent / moment
-  environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'experiments'}"}
+  environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'experiments'}"}
   command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(workdir), moment, str(count)]
   killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
   assert killed.returncode == -9, killed.stderr[-2000:]

@@ -48,43 +48,29 @@ def prompt_arrays(task: tasks.Task, examples: Sequence[tasks.Example], width: in
   return pad(rows, width, side="left", pad_id=task.tokenizer.pad_token_id, what="prompt")
 
 
-def prompt_iterator(
-  task: tasks.Task, batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
-  """Endless batches of example indices, each epoch shuffled anew; this process's rows of them.
+def prompt_iterator(task: tasks.Task, batch_size: int, seed: int) -> grain.DatasetIterator:
+  """Endless batches of example indices, each epoch shuffled anew.
 
-  A step's batch over all processes is a function of (task, batch_size, seed) and of
-  the step alone: process i of n holds its i-th n-th, in order. The iterator's state
-  is the step, so that a run may go on with another number of processes.
+  A step's batch is a function of (task, batch_size, seed) and of the step alone. Every
+  process deals the whole of it, which costs nothing next to a step, and makes examples
+  of its own rows. The iterator's state is the step, so that a run may go on with
+  another number of processes.
 
   Args:
     task: what the indices are of.
     batch_size: of all processes together.
     seed: of the shuffling.
-    process_index, process_count: i and n, as `jax.process_index()` and `jax.process_count()`.
 
   Raises:
-    ValueError: if the task holds fewer examples than a batch, or if a batch does not
-      divide evenly among the processes.
+    ValueError: if the task holds fewer examples than a batch.
   """
   if len(task) < batch_size:
     raise ValueError(
       f"task {task.name!r} yields {len(task)} prompts and a step needs {batch_size}: "
       "lower rollout.prompts_per_step or enlarge the task."
     )
-  if not 0 <= process_index < process_count:
-    raise ValueError(f"process_index={process_index} is outside [0, {process_count}).")
-  if batch_size % process_count:
-    raise ValueError(
-      f"rollout.prompts_per_step={batch_size} does not divide evenly among {process_count} processes: "
-      f"make it a multiple of {process_count}."
-    )
-  size = batch_size // process_count
-  mine = slice(process_index * size, (process_index + 1) * size)
-  # Every process deals the whole batch, which costs nothing next to a step, and keeps its rows.
   batches = grain.MapDataset.range(len(task)).shuffle(seed=seed).repeat().batch(batch_size)
-  indices = batches.map(lambda batch: batch[mine])
-  return iter(indices.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
 def supervised_batch(
