@@ -103,11 +103,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
   steps = train_step.compile_steps(
     model, optimizer, placement, mesh, rule=rule, eos_id=tokenizer.eos_token_id,
     segmentation_options=config_lib.segmentation_options(config), loss_options=config_lib.loss_options(config),
+    skip_non_finite=config.loss.non_finite == "skip",
   )  # fmt: skip
 
   # ---- Resume ------------------------------------------------------------------------------
   prompts = batching.prompt_iterator(train_task, config.rollout.prompts_per_step, config.seed)
-  saver = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
+  saver = checkpoint.Checkpointer(
+    workdir / "checkpoints", keep=config.checkpoint.keep, on_failure=config.checkpoint.on_failure
+  )
   restored = saver.restore_latest(abstract)
   first, rollout_tokens = 0, 0
   if restored is not None:
@@ -134,9 +137,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
     writer.write(step, result | {"train/rollout_tokens": rollout_tokens})
     return True
 
+  finite = lambda lines: check_finite(lines, workdir, recent, skipped=config.loss.non_finite == "skip")
+
   def save_at(step: int, dealt: dict) -> None:
     # Metrics first: a checkpoint vouches for every line before it.
-    stop_on_nan(writer.flush(), workdir, recent)
+    finite(writer.flush())
     saver.save(step, state, {"prompts": dealt, "rollout_tokens": rollout_tokens})
 
   recent: dict[int, types.TrainBatch] = {}  # The last two: metrics arrive a step late.
@@ -151,6 +156,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
   )  # fmt: skip
   for step in progress:
     began = time.perf_counter()
+    saver.check()
 
     # ---- Prompts -> rollouts -> returns ----------------------------------------------------
     position, dealt = prompts.get_state(), next(prompts)
@@ -205,13 +211,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
     rollout_tokens += int(lengths.sum())
     now |= {"train/rollout_tokens": rollout_tokens, "train/credit_seconds": credit_seconds}
     now |= {"train/step_seconds": time.perf_counter() - began}
-    show(progress, stop_on_nan(writer.write(step + 1, now), workdir, recent))
+    show(progress, finite(writer.write(step + 1, now)))
 
     # ---- Evaluate, then checkpoint, then advance -------------------------------------------
     done = step + 1
     last = done == config.num_steps
     if last or done % config.evaluation.every == 0:
-      show(progress, stop_on_nan(writer.flush(), workdir, recent))
+      show(progress, finite(writer.flush()))
       # Traces first: a run that is told to stop evaluates after it has been resumed, and has no rollout then.
       write_traces(workdir, done, train_task, dealt, rollout, segments, credits, returns, config)
       stopped = not evaluate_at(done)
@@ -322,22 +328,28 @@ def host_metrics(
   return result
 
 
-def stop_on_nan(lines: list[dict], workdir: pathlib.Path, recent: dict[int, types.TrainBatch]) -> list[dict]:
-  """Passes metric lines on; stops the run at the first loss that is not finite.
+def check_finite(
+  lines: list[dict], workdir: pathlib.Path, recent: dict[int, types.TrainBatch], *, skipped: bool
+) -> list[dict]:
+  """Passes metric lines on; saves the batch of a step whose loss is not finite, and stops the run unless it is skipped.
 
   Raises:
     FloatingPointError: naming the step and the file that its batch is saved in.
   """
   for line in lines:
-    if not math.isfinite(line.get("train/loss", 0.0)) or not math.isfinite(line.get("train/gradient_norm", 0.0)):
-      path = workdir / f"nan_batch_{line['step']}.npz"
-      batch = distributed.whole(recent[line["step"]])
-      if distributed.is_main():
-        np.savez(path, **{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
+    if math.isfinite(line.get("train/loss", 0.0)) and math.isfinite(line.get("train/gradient_norm", 0.0)):
+      continue
+    path = workdir / f"nan_batch_{line['step']}.npz"
+    batch = distributed.whole(recent[line["step"]])
+    if distributed.is_main():
+      np.savez(path, **{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
+    message = f"the loss of step {line['step']} is not finite; the batch is saved in {path}"
+    if not skipped:
       raise FloatingPointError(
-        f"the loss of step {line['step']} is not finite; the batch is saved in {path} and the last checkpoint is "
-        "untouched. Lower optimizer.learning_rate or look at the batch."
+        f"{message} and the last checkpoint is untouched. Lower optimizer.learning_rate or look at the batch; "
+        "with loss.non_finite=skip the run goes on without such steps."
       )
+    logging.warning("%s, and the step is skipped: parameters and optimizer are as before.", message)
   return lines
 
 

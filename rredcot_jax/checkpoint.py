@@ -5,10 +5,12 @@ process killed at any moment leaves the last complete one untouched.
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import chex
@@ -25,31 +27,62 @@ from rredcot_jax import config as config_lib
 from rredcot_jax import sharding, train_step
 from rredcot_jax.model import decoder, huggingface
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.types import check_option
 
 _SEPARATOR = "/"
+
+
+ON_FAILURE = ("stop", "continue")
+
+
+class SaveFailed(RuntimeError):
+  """A checkpoint could not be written; those before it are untouched."""
 
 
 class Checkpointer:
   """Saves and restores (state, data iterator state) by step in one directory."""
 
-  def __init__(self, directory: str | os.PathLike, *, keep: int):
+  def __init__(self, directory: str | os.PathLike, *, keep: int, on_failure: str = "stop", writes: bool = True):
     """Opens `directory`, keeping the newest `keep` checkpoints.
+
+    Args:
+      directory: made if need be.
+      keep: at least 2.
+      on_failure: whether a checkpoint that cannot be written (a full disk) raises
+        `SaveFailed`, or is reported and counted in `num_failed`.
+      writes: whether this is the run's own; what killed runs have left half-written is
+        then removed. Off, nothing in the directory is changed.
 
     Raises:
       ValueError: if `keep` < 2: a damaged newest checkpoint could not be passed over.
     """
+    check_option("checkpoint.on_failure", on_failure, ON_FAILURE)
     if keep < 2:
       raise ValueError(f"checkpoint.keep={keep} must be at least 2, so that a damaged one can be passed over.")
     self._directory = pathlib.Path(directory).absolute()
-    self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    self._on_failure, self._writes, self.num_failed = on_failure, writes, 0
+    self._saving: int | None = None  # The step that is being written.
+    self._options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=writes
+    )
     self._manager = ocp.CheckpointManager(self._directory, options=self._options)
 
   def save(self, step: int, state: Any, data: dict) -> None:
     """Writes in the background, unless `step` is there already; `wait` before leaving."""
+    self._settle(self._on_failure)
     if step in self._manager.all_steps():
       return
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-    self._manager.save(step, args=args)
+    self._saving = step
+    try:
+      self._manager.save(step, args=args)
+    except Exception as error:  # See `restore_latest`.
+      self._failed(error, self._on_failure)
+
+  def check(self) -> None:
+    """Reports a write that has failed meanwhile, without waiting for one that goes on."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self._settle(self._on_failure)
 
   def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
     """The newest readable checkpoint, or None where there is none at all.
@@ -74,8 +107,7 @@ class Checkpointer:
         restored = self._manager.restore(step, args=args)
         jax.block_until_ready(restored["state"])
       except Exception as error:  # Orbax and TensorStore raise many kinds; each means the same here.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        logging.warning("checkpoint %s cannot be read (%s); falling back to the one before it", step, reason)
+        logging.warning("checkpoint %s cannot be read (%s); falling back to the one before it", step, _reason(error))
         damaged.append(step)
         continue
       self._set_aside(damaged)
@@ -85,14 +117,43 @@ class Checkpointer:
     return None
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when everything saved is on disk; raises `SaveFailed`, whatever `on_failure` says, if it cannot be."""
+    self._settle("stop")
 
   def close(self) -> None:
     self._manager.close()
 
+  def _settle(self, on_failure: str) -> None:
+    if self._saving is None:
+      return
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:  # See `restore_latest`.
+      self._failed(error, on_failure)
+    self._saving = None
+
+  def _failed(self, error: Exception, on_failure: str) -> None:
+    step, self._saving = self._saving, None
+    self.num_failed += 1
+    if jax.process_index() == 0:
+      # What there is of it takes the place that the next one needs.
+      for path in self._directory.glob(f"{step}.*"):
+        shutil.rmtree(path, ignore_errors=True)
+    self._manager.reload()
+    good = max(self._manager.all_steps(), default=None)
+    message = (
+      f"checkpoint {step} could not be written ({_reason(error)}); "
+      + (f"the last good one is {good}" if good is not None else "there is none before it")
+      + f". Make room in {self._directory}"
+    )
+    if on_failure == "stop":
+      raise SaveFailed(
+        f"{message} and run the same command again; or set checkpoint.on_failure=continue, to go on without it."
+      ) from error
+    logging.error("%s: the run goes on without it.", message)
+
   def _set_aside(self, steps: list[int]) -> None:
-    if not steps:
+    if not steps or not self._writes:
       return
     self._manager.close()
     for step in steps:
@@ -103,6 +164,13 @@ class Checkpointer:
         aside = self._directory / f"damaged-{step}-{number}"
       (self._directory / str(step)).rename(aside)
     self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+
+
+def _reason(error: Exception) -> str:
+  """An error in a line: what the system said, if it is known to be that, else the beginning."""
+  text = (str(error).strip() or type(error).__name__).splitlines()[0]
+  said = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) if number]
+  return next((phrase for phrase in said if phrase in text), text[:200])
 
 
 def start_params(
@@ -157,7 +225,7 @@ def restore_run(
   abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
   placement = sharding.infer(mesh, abstract)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
-  saver = Checkpointer(workdir / "checkpoints", keep=trained.checkpoint.keep)
+  saver = Checkpointer(workdir / "checkpoints", keep=trained.checkpoint.keep, writes=False)
   restored = saver.restore_latest(abstract)
   saver.close()
   if restored is None:

@@ -97,6 +97,7 @@ def default_config() -> ConfigDict:
   config.loss.kl_coefficient = 0.0  # Against the starting policy.
   config.loss.mask_truncated = False
   config.loss.filter_zero_variance = False
+  config.loss.non_finite = "stop"  # A NaN step's batch is saved; then "stop", or "skip" its update and go on.
   config.loss.updates_per_rollout = 1  # Passes over a batch; the ratio leaves 1 from the second on.
 
   config.optimizer = ConfigDict()
@@ -118,6 +119,7 @@ def default_config() -> ConfigDict:
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 20  # Steps; the last state is always saved.
   config.checkpoint.keep = 2  # Newest ones kept; at least 2, so that a damaged one can be passed over.
+  config.checkpoint.on_failure = "stop"  # Where one cannot be written: "stop", or "continue" to go on without it.
 
   config.warm_start = ConfigDict()  # Read by experiments/warm_start.py.
   config.warm_start.initial_params = ""  # What it starts from, as initial_params above.
@@ -294,6 +296,8 @@ def validate(config: ConfigDict) -> None:
     ("advantages.scale", config.advantages.scale, advantages.SCALES),
     ("loss.name", config.loss.name, losses.LOSSES),
     ("loss.kl", config.loss.kl, losses.KL_ESTIMATORS),
+    ("loss.non_finite", config.loss.non_finite, ("stop", "skip")),
+    ("checkpoint.on_failure", config.checkpoint.on_failure, ("stop", "continue")),
   )
   for name, value, options in choices:
     check_option(name, value, options)

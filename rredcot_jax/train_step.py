@@ -83,6 +83,7 @@ def policy_update(
   optimizer: optax.GradientTransformation,
   temperature: float,
   loss: Callable[[chex.Array, types.TrainBatch], tuple[chex.Array, Metrics]],
+  skip_non_finite: bool = False,
 ) -> tuple[TrainState, Metrics]:
   """One policy-gradient update on credited traces.
 
@@ -92,6 +93,8 @@ def policy_update(
     config, optimizer, temperature: static.
     loss: (log_probs [B, T], batch) -> (loss [], metrics), such as a partial of
       `losses.policy_loss`.
+    skip_non_finite: leave the state as it is where the loss or its gradient is not
+      finite, and say so in the metric `skipped`.
 
   Returns:
     The new state and scalar metrics, `gradient_norm` and `entropy` among them.
@@ -102,7 +105,7 @@ def policy_update(
     value, metrics = loss(log_probs, batch)
     return value, metrics | {"entropy": masked_mean(jax.lax.stop_gradient(entropy), batch.mask)}
 
-  return _apply(state, loss_fn, optimizer)
+  return _apply(state, loss_fn, optimizer, skip_non_finite=skip_non_finite)
 
 
 def supervised_update(
@@ -128,6 +131,7 @@ def compile_steps(
   eos_id: int,
   segmentation_options: Mapping[str, Any],
   loss_options: Mapping[str, Any],
+  skip_non_finite: bool = False,
 ) -> Steps:
   """Jits the arrows between a rollout and the next state.
 
@@ -139,6 +143,7 @@ def compile_steps(
     eos_id: ends a trace.
     segmentation_options: of `segmentation.segment`.
     loss_options: of `losses.policy_loss`.
+    skip_non_finite: see `policy_update`.
   """
   one: Callable[..., types.Segments] = functools.partial(segmentation.segment, eos_id=eos_id, **segmentation_options)
   cut = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
@@ -152,6 +157,7 @@ def compile_steps(
     optimizer=optimizer,
     temperature=rule.temperature,
     loss=functools.partial(losses.policy_loss, **loss_options),
+    skip_non_finite=skip_non_finite,
   )
   return Steps(
     segment=jax.jit(lambda r, tables: cut(r.tokens, r.log_probs, r.entropy, r.mask, tables)),
@@ -172,9 +178,16 @@ def _apply(
   state: TrainState,
   loss_fn: Callable[[decoder.Params], tuple[chex.Array, Metrics]],
   optimizer: optax.GradientTransformation,
+  *,
+  skip_non_finite: bool = False,
 ) -> tuple[TrainState, Metrics]:
-  (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  (value, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = metrics | {"gradient_norm": optax.tree.norm(gradient)}
-  return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+  new = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+  if skip_non_finite:
+    finite = jnp.logical_and(jnp.isfinite(value), jnp.isfinite(metrics["gradient_norm"]))
+    new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    metrics = metrics | {"skipped": 1.0 - finite}
+  return new, metrics
