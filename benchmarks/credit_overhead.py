@@ -28,7 +28,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from rredcot_jax import checkpoint, completions, evaluation, losses, sampling, sharding, tasks, train_step, types
+from rredcot_jax import (
+  assignment,
+  checkpoint,
+  completions,
+  evaluation,
+  losses,
+  sampling,
+  sharding,
+  tasks,
+  train_step,
+  types,
+)
 from rredcot_jax import config as config_lib
 from rredcot_jax import credit as credit_lib
 from rredcot_jax.model import decoder
@@ -75,12 +86,13 @@ class Step:
       optimizer,
       sharding.infer(self.mesh, self.state),
       self.mesh,
-      rule=self.rule,
+      temperature=self.rule.temperature,
       eos_id=self.eos_id,
       segmentation_options=config_lib.segmentation_options(config),
       loss_options=config_lib.loss_options(config),
     )
     self.steps = steps
+    self.assign = assignment.Assigner(self.task, self.model, self.mesh, **config_lib.assigner_options(config))
 
   def run(self, repetition: int) -> tuple[float, dict[str, int]]:
     """Seconds of the step, and its tokens by kind."""
@@ -103,25 +115,11 @@ class Step:
     )
     host = jax.device_get(rollout)
     returns = evaluation.returns_of(self.task, examples, host)
-    branch_tokens = 0
-    if self.rule.needs_values:
-      segments = self.steps.segment(rollout, self.tables)
-      bank = completions.make_bank(
-        config.credit.bank,
-        batching.references(self.task, examples),
-        host,
-        jax.device_get(segments),
-        returns,
-        self.tables.newlines,
-        **config_lib.bank_options(config),
-      )
-      placed = sharding.put_batch(self.mesh, (bank.completions, returns, bank.uniform_rows))
-      credits = self.steps.assign(state.params, cache, rollout, segments, *placed)
-      token_advantages = credits.advantages
-      n, s = bank.completions.tokens.shape[2:]
-      branch_tokens = len(examples) * config.segmentation.k_max * n * s
-    else:
-      token_advantages = self.steps.assign(host.mask, returns)
+    segments = self.steps.segment(rollout, self.tables) if self.rule.redistributes else None
+    assigned = self.assign(
+      state.params, None, cache, rollout, segments, returns, jax.random.key(repetition),
+      on_host=host, segments_on_host=jax.device_get(segments), examples=examples,
+    )  # fmt: skip
     mask = losses.loss_mask(
       rollout.mask,
       rollout.truncated,
@@ -137,12 +135,13 @@ class Step:
       loss_mask=mask,
       old_log_probs=rollout.log_probs,
       reference_log_probs=rollout.log_probs,
-      advantages=token_advantages,
+      advantages=assigned.advantages,
     )
     jax.block_until_ready(self.steps.update(state, sharding.put_batch(self.mesh, batch)))
     seconds = time.perf_counter() - began
     columns = len(examples) * (config.rollout.max_prompt_tokens + config.rollout.max_tokens)
-    return seconds, {"step": 4 * columns, "branches": branch_tokens, "trace": int(host.mask.sum()) // len(examples)}
+    trace = int(host.mask.sum()) // len(examples)
+    return seconds, {"step": 4 * columns, "branches": assigned.metrics["token_forwards"], "trace": trace}
 
 
 def main() -> None:

@@ -25,13 +25,12 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from rredcot_jax import (
+  assignment,
   checkpoint,
-  completions,
   credit,
   distributed,
   evaluation,
   losses,
-  masked,
   metrics,
   report,
   sampling,
@@ -84,27 +83,29 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
   model = config_lib.model_config(config, len(tokenizer))
   tables = batching.vocab_tables(tokenizer)
   rule = config_lib.credit_rule(config)
-  policy_key, eval_key = jax.random.split(jax.random.key(config.seed))
+  policy_key, eval_key, credit_key = jax.random.split(jax.random.key(config.seed), 3)
 
   # ---- State on the mesh -------------------------------------------------------------------
   mesh = sharding.make_mesh(**config.mesh)
   group_size = config.rollout.group_size
   rows = distributed.rows_of(mesh, config.rollout.prompts_per_step * group_size, group_size=group_size)
   optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
-  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, policy_key), optimizer))
+  critic = config_lib.init_critic(config, model.width)
+  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, policy_key), optimizer, critic))
   placement = sharding.infer(mesh, abstract)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
   start_params = checkpoint.start_params(config.initial_params, model, mesh, policy_key)
   # The reference is a copy: the state is donated to every update.
   reference = jax.tree.map(lambda x: x.copy(), start_params) if config.loss.kl != "off" else None
-  state = jax.jit(lambda p: train_step.init_state(p, optimizer), out_shardings=placement)(start_params)
+  state = jax.jit(lambda p: train_step.init_state(p, optimizer, critic), out_shardings=placement)(start_params)
 
   # ---- Compiled steps ----------------------------------------------------------------------
   steps = train_step.compile_steps(
-    model, optimizer, placement, mesh, rule=rule, eos_id=tokenizer.eos_token_id,
+    model, optimizer, placement, mesh, temperature=rule.temperature, eos_id=tokenizer.eos_token_id,
     segmentation_options=config_lib.segmentation_options(config), loss_options=config_lib.loss_options(config),
     skip_non_finite=config.loss.non_finite == "skip",
   )  # fmt: skip
+  assign = assignment.Assigner(train_task, model, mesh, **config_lib.assigner_options(config))
 
   # ---- Resume ------------------------------------------------------------------------------
   prompts = batching.prompt_iterator(train_task, config.rollout.prompts_per_step, config.seed)
@@ -181,24 +182,17 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
 
     # ---- Returns -> credit -----------------------------------------------------------------
     credit_began = time.perf_counter()
-    bank = None
-    if rule.needs_values:
-      bank = completions.make_bank(
-        config.credit.bank, batching.references(train_task, examples), on_host, segments_on_host,
-        returns[rows.here], tables.newlines, **config_lib.bank_options(config),
-      )  # fmt: skip
-      placed = sharding.put_batch(mesh, (bank.completions, returns[rows.here], bank.uniform_rows))
-      credits = steps.assign(state.params, cache, rollout, segments, *placed)
-      token_advantages = credits.advantages
-    else:
-      credits = None
-      token_advantages = steps.assign(rollout.mask, returns)
-    jax.block_until_ready(token_advantages)
+    assigned = assign(
+      state.params, state.critic, cache, rollout, segments, returns, jax.random.fold_in(credit_key, step),
+      on_host=on_host, segments_on_host=segments_on_host, examples=examples, here=rows.here,
+    )  # fmt: skip
+    state = dataclasses.replace(state, critic=assigned.critic)
+    jax.block_until_ready(assigned.advantages)
     credit_seconds = time.perf_counter() - credit_began
 
     # ---- Credit -> update ------------------------------------------------------------------
     zero_variance = np.asarray(credit.zero_variance(returns, rule))
-    batch = train_batch(config, mesh, rollout, token_advantages, zero_variance)
+    batch = train_batch(config, mesh, rollout, assigned.advantages, zero_variance)
     if reference is not None:
       batch = batch.replace(reference_log_probs=steps.reference(reference, batch))
     recent = {step: recent.get(step), step + 1: batch}
@@ -207,7 +201,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
 
     # ---- Metrics, a step late --------------------------------------------------------------
     now = {f"train/{name}": value for name, value in update_metrics.items()}
-    now |= host_metrics(mesh, rollout, segments, returns, lengths, zero_variance, bank, credits)
+    now |= {f"credit/{name}": value for name, value in assigned.metrics.items()}
+    now |= host_metrics(rollout, segments, returns, lengths, zero_variance)
+    now |= {"train/token_forwards": token_forwards(config, rollout, lengths) + assigned.metrics["token_forwards"]}
     rollout_tokens += int(lengths.sum())
     now |= {"train/rollout_tokens": rollout_tokens, "train/credit_seconds": credit_seconds}
     now |= {"train/step_seconds": time.perf_counter() - began}
@@ -219,7 +215,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
     if last or done % config.evaluation.every == 0:
       show(progress, finite(writer.flush()))
       # Traces first: a run that is told to stop evaluates after it has been resumed, and has no rollout then.
-      write_traces(workdir, done, train_task, dealt, rollout, segments, credits, returns, config)
+      write_traces(workdir, done, train_task, dealt, rollout, segments, assigned.credit, returns, config)
       stopped = not evaluate_at(done)
     if last or stopped or done % config.checkpoint.every == 0:
       save_at(done, prompts.get_state())
@@ -295,17 +291,14 @@ def train_batch(
 
 
 def host_metrics(
-  mesh: Any,
   rollout: types.Rollout,
   segments: types.Segments,
   returns: np.ndarray,
   lengths: np.ndarray,
   zero_variance: np.ndarray,
-  bank: Any,
-  credits: Any,
 ) -> dict[str, Any]:
-  """What is counted beside the update's own metrics, over all processes; on devices, where nothing waits for it."""
-  result = {
+  """What is counted beside the update's own metrics and the credit's, over all processes; on devices."""
+  return {
     "train/reward": returns.mean(),
     "train/length": lengths.mean(),
     "train/truncated": rollout.truncated.mean(),
@@ -313,19 +306,15 @@ def host_metrics(
     "train/segments": segments.num_segments.mean(),
     "train/merged_cuts": segments.num_merged.sum(),
   }
-  if bank is not None:
-    exists, ess = segments.mask, credits.effective_sample_size
-    dropped = np.zeros(len(bank.fallback), np.int32)
-    dropped[0] = bank.num_dropped  # Of this process's rows together.
-    fallback, dropped = sharding.put_batch(mesh, (bank.fallback, dropped))
-    result |= {
-      "credit/fallback_rows": fallback.mean(),
-      "credit/dropped_completions": dropped.sum(),
-      "credit/covered_states": masked.masked_mean((ess > 0).astype(ess.dtype), exists),
-      "credit/effective_sample_size": masked.masked_mean(ess, exists),
-      "credit/initial_value": credits.values[:, 0].mean(),
-    }
-  return result
+
+
+def token_forwards(config: ConfigDict, rollout: types.Rollout, lengths: np.ndarray) -> int:
+  """Tokens that a step runs forward, credit left out and padding included; a backward pass counts as two."""
+  rows, prompt = rollout.prompt_tokens.shape
+  # Every row is run until the longest trace has ended.
+  sampled = prompt + int(lengths.max())
+  passes = 3 * config.loss.updates_per_rollout + (config.loss.kl != "off")
+  return rows * (sampled + passes * (prompt + rollout.tokens.shape[1]))
 
 
 def check_finite(

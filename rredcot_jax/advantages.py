@@ -200,6 +200,46 @@ def token_advantages(
   return scale * outcome * sigma(rewards, group_advantage, segments, mode=mode, floor=floor)
 
 
+def generalised_advantages(values: chex.Array, return_: chex.Numeric, mask: chex.Array, *, decay: float) -> chex.Array:
+  """Generalised advantage estimation for one reward at the trace's end (arXiv 1506.02438), undiscounted.
+
+      delta_t = V(s_{t+1}) - V(s_t),   V(s_L) := R
+      A_t = sum_{l >= 0} decay^l delta_{t+l}
+
+  The paper's equation 16 with gamma = 1, where the only reward is R at the end and the
+  terminal value is 0: the last delta is R - V(s_{L-1}), the same as with V(s_L) := R.
+  decay = 0 is the redistribution `redistribution.redistribute` with a segment a token,
+  decay = 1 the whole return over a baseline, R - V(s_t). In between, what a token is
+  given decays with the distance to what it caused.
+
+  Args:
+    values: [T] floating, V(s_t) of the state before token t; what is not in `mask` is ignored.
+    return_: [] floating, the verifier's reward R.
+    mask: [T] bool, the trace's L real tokens, a prefix of True.
+    decay: lambda in [0, 1].
+
+  Returns:
+    [T] of the type of `values`, 0 on padding. No gradient flows to the arguments.
+
+  Raises:
+    ValueError: if `decay` is outside [0, 1].
+  """
+  if not 0.0 <= decay <= 1.0:
+    raise ValueError(f"decay={decay} must be in [0, 1].")
+  chex.assert_rank([values, return_, mask], [1, 0, 1])
+  chex.assert_type([values, return_, mask], [float, float, bool])
+  chex.assert_equal_shape([values, mask])
+  values = jax.lax.stop_gradient(jnp.where(mask, values, jnp.asarray(return_, values.dtype)))
+  deltas = jnp.where(mask, jnp.append(values[1:], jnp.asarray(return_, values.dtype)) - values, 0)
+
+  def back(later: chex.Array, delta: chex.Array) -> tuple[chex.Array, chex.Array]:
+    now = delta + decay * later
+    return now, now
+
+  _, result = jax.lax.scan(back, jnp.zeros((), values.dtype), deltas, reverse=True)
+  return jax.lax.stop_gradient(jnp.where(mask, result, 0))
+
+
 def _check_trace(rewards: chex.Array, group_advantage: chex.Numeric, segments: types.Segments) -> None:
   chex.assert_rank(
     [rewards, group_advantage, segments.ends, segments.segment_ids, segments.num_segments], [1, 0, 1, 1, 0]

@@ -222,7 +222,9 @@ def restore_run(
   if differing:
     raise ValueError(f"the run in {workdir} trained another model than config.model says: {', '.join(differing)}.")
   optimizer = train_step.make_optimizer(**config_lib.optimizer_options(trained))
-  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
+  # Runs older than the choice of a source scored.
+  critic = config_lib.init_critic(trained, model.width) if "source" in trained.credit else None
+  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer, critic))
   placement = sharding.infer(mesh, abstract)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
   saver = Checkpointer(workdir / "checkpoints", keep=trained.checkpoint.keep, writes=False)

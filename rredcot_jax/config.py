@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import optax
 from ml_collections import ConfigDict
 
-from rredcot_jax import advantages, completions, losses, redistribution, segmentation, values
-from rredcot_jax.credit import CreditRule
+from rredcot_jax import advantages, attribution, completions, losses, redistribution, segmentation, value_head, values
+from rredcot_jax.credit import SOURCES, CreditRule, check_combination
 from rredcot_jax.model.config import SIZES, ModelConfig, RopeScaling
 from rredcot_jax.types import check_option
 
@@ -71,7 +72,8 @@ def default_config() -> ConfigDict:
   config.segmentation.threshold = 0.9  # A token below this probability opens a segment, for probability.
 
   config.credit = ConfigDict()
-  config.credit.mode = "uniform"  # advantages.MODES; uniform is GRPO and scores nothing.
+  config.credit.mode = "uniform"  # advantages.MODES; uniform is GRPO and reads nothing else here but scale.
+  config.credit.source = "scoring"  # credit.SOURCES, where credit comes from: RREDCoT, or what it is compared with.
   config.credit.bank = "answer"  # completions.BANKS
   config.credit.max_completion_tokens = 56  # Room for a completion; longer ones are left out, and counted.
   config.credit.bank_size = 4  # Most completions a state, for the rollouts bank.
@@ -82,7 +84,18 @@ def default_config() -> ConfigDict:
   config.credit.initial_value = "baseline"  # redistribution.INITIAL_VALUES
   config.credit.floor = 0.0  # Share of uniform credit mixed into sigma.
   config.credit.scale = 1.0  # Multiplies every advantage.
-  config.credit.chunk_size = 0  # Branches of a trace scored at once; 0 is all.
+  config.credit.chunk_size = 0  # Branches of a trace scored at once, slots or deletions run at once; 0 is all.
+  config.credit.monte_carlo = ConfigDict()
+  config.credit.monte_carlo.samples = 9  # Continuations a state; VinePPO's number.
+  config.credit.monte_carlo.workers = 1  # Threads that judge them.
+  config.credit.attribution = ConfigDict()
+  config.credit.attribution.space = ""  # attribution.SPACES; "" is the method's own.
+  config.credit.attribution.steps = 64  # Nodes of the quadrature, for integrated_gradients.
+  config.credit.value_head = ConfigDict()
+  config.credit.value_head.learning_rate = 1e-2  # Of the critic alone.
+  config.credit.value_head.updates_per_rollout = 8  # Steps of its regression on each batch.
+  config.credit.value_head.initial_value = 0.5  # What it values every state at, before it has learnt.
+  config.credit.value_head.decay = 0.95  # lambda of generalised advantage estimation.
 
   config.advantages = ConfigDict()
   config.advantages.baseline = "mean"  # advantages.BASELINES
@@ -188,6 +201,10 @@ def credit_rule(config: ConfigDict) -> CreditRule:
     baseline=config.advantages.baseline,
     advantage_scale=config.advantages.scale,
     chunk_size=config.credit.chunk_size or None,
+    source=config.credit.source,
+    space=config.credit.attribution.space or None,
+    attribution_steps=config.credit.attribution.steps,
+    gae_decay=config.credit.value_head.decay,
     **{name: config.credit[name] for name in names},
   )
 
@@ -201,6 +218,39 @@ def bank_options(config: ConfigDict) -> dict[str, Any]:
     "with_failures": config.credit.form == "self_normalised",
     **{name: config.credit[name] for name in names},
   }
+
+
+def assigner_options(config: ConfigDict) -> dict[str, Any]:
+  """Keyword arguments of `assignment.Assigner`."""
+  names = ("max_tokens", "top_k", "top_p")
+  return {
+    "rule": credit_rule(config),
+    "bank": config.credit.bank,
+    "bank_options": bank_options(config),
+    "monte_carlo_options": {
+      "k": config.credit.monte_carlo.samples,
+      "workers": config.credit.monte_carlo.workers,
+      "chunk_size": config.credit.chunk_size or None,
+      **{name: config.rollout[name] for name in names},
+    },
+    "critic_optimizer": critic_optimizer(config),
+    "critic_updates": config.credit.value_head.updates_per_rollout,
+  }
+
+
+def critic_optimizer(config: ConfigDict) -> optax.GradientTransformation | None:
+  """The critic's, where the credit's source learns one."""
+  if not credit_rule(config).learns_values:
+    return None
+  return value_head.make_optimizer(learning_rate=config.credit.value_head.learning_rate)
+
+
+def init_critic(config: ConfigDict, width: int) -> value_head.Critic | None:
+  """The critic of a run's first state, for a model of `width`; None where the credit's source learns nothing."""
+  optimizer = critic_optimizer(config)
+  if optimizer is None:
+    return None
+  return value_head.init(width, optimizer, initial_value=config.credit.value_head.initial_value)
 
 
 def optimizer_options(config: ConfigDict) -> dict[str, Any]:
@@ -288,6 +338,7 @@ def validate(config: ConfigDict) -> None:
   choices: tuple[tuple[str, str, Sequence[str]], ...] = (
     ("segmentation.method", config.segmentation.method, segmentation.METHODS),
     ("credit.mode", config.credit.mode, advantages.MODES),
+    ("credit.source", config.credit.source, SOURCES),
     ("credit.bank", config.credit.bank, completions.BANKS),
     ("credit.fallback", config.credit.fallback, completions.FALLBACKS),
     ("credit.form", config.credit.form, values.FORMS),
@@ -305,7 +356,9 @@ def validate(config: ConfigDict) -> None:
   for name in (
     "num_steps", "rollout.prompts_per_step", "rollout.max_tokens", "rollout.max_prompt_tokens",
     "segmentation.k_max", "credit.bank_size", "credit.max_completion_tokens", "loss.updates_per_rollout",
-    "evaluation.every", "evaluation.samples", "evaluation.num_prompts", "checkpoint.every",
+    "credit.monte_carlo.samples", "credit.monte_carlo.workers", "credit.attribution.steps",
+    "credit.value_head.updates_per_rollout", "evaluation.every", "evaluation.samples",
+    "evaluation.num_prompts", "checkpoint.every",
   ):  # fmt: skip
     _at_least(config, 1, name, "it counts something")
   room = config.rollout.max_prompt_tokens + config.rollout.max_tokens
@@ -314,6 +367,12 @@ def validate(config: ConfigDict) -> None:
       f"rollout.max_prompt_tokens + rollout.max_tokens = {room} is more than model.max_positions="
       f"{config.model.max_positions}: lower one of them, or set RoPE scaling and raise the last."
     )
+  space = config.credit.attribution.space
+  if space:
+    check_option("credit.attribution.space", space, attribution.SPACES)
+  check_combination(config.credit.source, config.credit.mode, config.credit.bank, space or None)
+  if not 0 <= config.credit.value_head.decay <= 1:
+    raise ValueError(f"credit.value_head.decay={config.credit.value_head.decay} must be in [0, 1].")
   if config.credit.form == "self_normalised" and config.credit.bank != "rollouts":
     raise ValueError(
       f"credit.form='self_normalised' with credit.bank={config.credit.bank!r} gives every state the same value: "

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rredcot_jax import distributed, metrics, sampling, sharding, tasks, types
+from rredcot_jax import distributed, metrics, monte_carlo, sampling, sharding, tasks, types
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.tasks import batching, chain, verifiers
@@ -42,6 +42,17 @@ def returns_of(task: tasks.Task, examples: Sequence[tasks.Example], rollout: typ
   """[B] float32 rewards of the verifier; example i belongs to trace i."""
   texts = trace_texts(task, rollout)
   return np.array([task.reward(example, text) for example, text in zip(examples, texts, strict=True)], np.float32)
+
+
+def judge_of(task: tasks.Task, examples: Sequence[tasks.Example]) -> monte_carlo.Judge:
+  """The verifier as `monte_carlo.values_by_generation` asks it: (row, token ids) of whole traces -> rewards."""
+  ends = task.tokenizer.eos_token_id
+
+  def judge(traces: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
+    kept = [(row, [token for token in ids if token != ends]) for row, ids in traces]
+    return [task.reward(examples[row], tasks.decode(task.tokenizer, ids)) for row, ids in kept]
+
+  return judge
 
 
 def answer_of(text: str) -> str | None:

@@ -1,5 +1,6 @@
 """The train state, the two updates, and the compiled steps of a training loop."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from rredcot_jax import credit, losses, scoring, segmentation, sharding, types
+from rredcot_jax import losses, scoring, segmentation, sharding, types, value_head
 from rredcot_jax.masked import masked_mean
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
@@ -25,13 +26,13 @@ class TrainState:
   step: chex.Array  # [] int32, updates made.
   params: decoder.Params
   opt_state: Any
+  critic: value_head.Critic | None = None  # Where credit.source is "value_head"; no policy update changes it.
 
 
 class Steps(NamedTuple):
   """The jitted arrows of a training step, in the order they are called."""
 
   segment: Callable[..., types.Segments]  # (rollout, tables)
-  assign: Callable[..., Any]  # see `credit.assign_credit`; with mode "uniform", (mask, returns) -> [B, T].
   reference: Callable[..., chex.Array]  # (params, batch) -> [B, T] log-probabilities.
   update: Callable[..., tuple[TrainState, Metrics]]  # (state, batch); the state is donated.
 
@@ -70,9 +71,11 @@ def make_optimizer(
   )
 
 
-def init_state(params: decoder.Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+  params: decoder.Params, optimizer: optax.GradientTransformation, critic: value_head.Critic | None = None
+) -> TrainState:
   """The state before the first update."""
-  return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+  return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), critic=critic)
 
 
 def policy_update(
@@ -127,7 +130,7 @@ def compile_steps(
   placement: TrainState,
   mesh: jax.sharding.Mesh,
   *,
-  rule: credit.CreditRule,
+  temperature: float,
   eos_id: int,
   segmentation_options: Mapping[str, Any],
   loss_options: Mapping[str, Any],
@@ -139,7 +142,7 @@ def compile_steps(
     config, optimizer: the model and its optimizer.
     placement: the state's shardings, as `sharding.infer` gives them.
     mesh: batches are split over its data axes.
-    rule: how credit is assigned.
+    temperature: that the traces are sampled at.
     eos_id: ends a trace.
     segmentation_options: of `segmentation.segment`.
     loss_options: of `losses.policy_loss`.
@@ -147,24 +150,17 @@ def compile_steps(
   """
   one: Callable[..., types.Segments] = functools.partial(segmentation.segment, eos_id=eos_id, **segmentation_options)
   cut = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
-  if rule.needs_values:
-    assign = lambda params, cache, *rest: credit.assign_credit(params, config, cache, *rest, rule=rule)
-  else:
-    assign = functools.partial(credit.uniform_advantages, rule=rule)
   update = functools.partial(
     policy_update,
     config=config,
     optimizer=optimizer,
-    temperature=rule.temperature,
+    temperature=temperature,
     loss=functools.partial(losses.policy_loss, **loss_options),
     skip_non_finite=skip_non_finite,
   )
   return Steps(
     segment=jax.jit(lambda r, tables: cut(r.tokens, r.log_probs, r.entropy, r.mask, tables)),
-    assign=jax.jit(assign),
-    reference=jax.jit(
-      lambda params, batch: scoring.trace_log_probs(params, config, batch, temperature=rule.temperature)[0]
-    ),
+    reference=jax.jit(lambda params, batch: scoring.trace_log_probs(params, config, batch, temperature=temperature)[0]),
     update=jax.jit(
       update,
       in_shardings=(placement, sharding.batch(mesh)),
@@ -185,7 +181,7 @@ def _apply(
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = metrics | {"gradient_norm": optax.tree.norm(gradient)}
-  new = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+  new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
   if skip_non_finite:
     finite = jnp.logical_and(jnp.isfinite(value), jnp.isfinite(metrics["gradient_norm"]))
     new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)

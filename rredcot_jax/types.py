@@ -79,7 +79,7 @@ class Completions:
 class Credit:
   """What one trace's reward was turned into."""
 
-  values: chex.Array  # [K + 1] float32, v(s_0) .. v(s_K); R from num_segments on.
+  values: chex.Array  # [K + 1] float32, v(s_0) .. v(s_K); R from num_segments on; NaN from attribution, which has none.
   rewards: chex.Array  # [K] float32, r_k, 0 where there is no segment.
   advantages: chex.Array  # [T] float32, A_t, 0 on padding.
   effective_sample_size: chex.Array  # [K] float32, of the weights behind each value.

@@ -235,3 +235,19 @@ def test_errors():
     advantages.sigma(jnp.ones(3), 1.0, segments)
   with pytest.raises(AssertionError):
     advantages.group_advantages(jnp.ones((2, 3)))
+
+
+def test_generalised_advantages_by_their_definition():
+  values = np.array([0.5, 0.25, 0.75, np.nan, np.nan], np.float32)
+  mask = np.array([True, True, True, False, False])
+  complete = [0.5, 0.25, 0.75, 1.0]
+  for decay in (0.0, 0.3, 1.0):
+    expected = [sum(decay ** (u - t) * (complete[u + 1] - complete[u]) for u in range(t, 3)) for t in range(3)]
+    ours = advantages.generalised_advantages(values, np.float32(1.0), mask, decay=decay)
+    np.testing.assert_allclose(ours, [*expected, 0, 0], atol=1e-6)
+  # decay 1 is the return over the baseline, decay 0 the redistribution with a segment a token.
+  np.testing.assert_allclose(ours[:3], [0.5, 0.75, 0.25], atol=1e-6)
+  full = advantages.generalised_advantages(np.float32([0.5, 0.25]), np.float32(0.0), np.ones(2, bool), decay=0.0)
+  np.testing.assert_allclose(full, [-0.25, -0.25], atol=1e-6)
+  with pytest.raises(ValueError, match=r"decay=1\.1"):
+    advantages.generalised_advantages(values, np.float32(1.0), mask, decay=1.1)

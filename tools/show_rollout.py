@@ -16,7 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rredcot_jax import checkpoint, completions, evaluation, report, sampling, sharding, tasks, train_step
+from rredcot_jax import assignment, checkpoint, evaluation, report, sampling, sharding, tasks, train_step
 from rredcot_jax import config as config_lib
 from rredcot_jax.model import decoder
 from rredcot_jax.tasks import batching
@@ -32,8 +32,10 @@ def main(_: Any) -> None:
   config = CONFIG.value
   config_lib.validate(config)
   rule = config_lib.credit_rule(config)
-  if not rule.needs_values:
+  if not rule.redistributes:
     raise app.UsageError("credit.mode='uniform' redistributes nothing: show a configuration such as configs/demo.py")
+  if rule.learns_values:
+    raise app.UsageError("credit.source='value_head': a run's critic is not restored here; its report shows its credit")
   task = tasks.make_task(**config_lib.task_options(config, "eval"))
   tokenizer = task.tokenizer
   model = config_lib.model_config(config, len(tokenizer))
@@ -60,18 +62,19 @@ def main(_: Any) -> None:
     eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
   )  # fmt: skip
   steps = train_step.compile_steps(
-    model, optimizer, placement, mesh, rule=rule, eos_id=tokenizer.eos_token_id,
+    model, optimizer, placement, mesh, temperature=rule.temperature, eos_id=tokenizer.eos_token_id,
     segmentation_options=config_lib.segmentation_options(config), loss_options=config_lib.loss_options(config),
   )  # fmt: skip
   tables = batching.vocab_tables(tokenizer)
   segments = steps.segment(rollout, tables)
   host, host_segments = jax.device_get((rollout, segments))
   returns = evaluation.returns_of(task, examples, host)
-  bank = completions.make_bank(
-    config.credit.bank, batching.references(task, examples), host, host_segments, returns, tables.newlines,
-    **config_lib.bank_options(config),
+  assign = assignment.Assigner(task, model, mesh, **config_lib.assigner_options(config))
+  assigned = assign(
+    params, None, cache, rollout, segments, returns, jax.random.key(config.seed),
+    on_host=host, segments_on_host=host_segments, examples=examples,
   )  # fmt: skip
-  credits = jax.device_get(steps.assign(params, cache, rollout, segments, bank.completions, returns, bank.uniform_rows))
+  credits = jax.device_get(assigned.credit)
 
   # ---- Show --------------------------------------------------------------------------------
   rows = []

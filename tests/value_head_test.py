@@ -1,0 +1,87 @@
+"""The critic: its regression against least squares, padding, and a run that resumes with it bit for bit."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_config
+import train
+
+from rredcot_jax import checkpoint, report, sharding, tasks, types, value_head
+from rredcot_jax import config as config_lib
+from rredcot_jax.model import decoder
+from rredcot_jax.model.config import ModelConfig
+
+OPTIMIZER = value_head.make_optimizer(learning_rate=0.05)
+
+
+def test_regression_finds_the_least_squares_solution_and_ignores_padding():
+  rng = np.random.default_rng(0)
+  hidden = rng.normal(size=(6, 5, 3)).astype(np.float32)
+  mask = np.arange(5) < np.array([5, 4, 3, 5, 1, 2])[:, None]
+  returns = np.array([1, 0, 1, 0, 1, 1], np.float32)
+  x = np.c_[hidden[mask], np.ones(mask.sum())]
+  y = np.broadcast_to(returns[:, None], mask.shape)[mask]
+  solution = np.linalg.lstsq(x, y, rcond=None)[0]
+  hidden[~mask] = np.nan
+  critic = value_head.init(3, OPTIMIZER, initial_value=0.25)
+  learnt, metrics = value_head.update(critic, hidden, returns, mask, optimizer=OPTIMIZER, num_updates=400)
+  np.testing.assert_allclose(np.append(learnt.head.weight, learnt.head.bias), solution, atol=1e-3)
+  assert metrics["critic_loss"] == pytest.approx(0.5 * np.mean((0.25 - y) ** 2))
+  assert metrics["critic_explained_variance"] == pytest.approx(1 - np.mean((0.25 - y) ** 2) / y.var(), abs=1e-6)
+  _, again = value_head.update(learnt, hidden, returns, mask, optimizer=OPTIMIZER, num_updates=1)
+  assert again["critic_explained_variance"] == pytest.approx(1 - np.mean((x @ solution - y) ** 2) / y.var(), abs=1e-4)
+
+
+def test_features_are_those_that_predict_the_token_and_carry_no_gradient():
+  config = ModelConfig(vocab_size=7, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=8)
+  params = decoder.init(config, jax.random.key(0))
+  prompts, prompt_mask = jnp.array([[0, 3, 2]]), jnp.array([[False, True, True]])
+  tokens = jnp.array([[4, 5, 1, 0]])
+  mask = jnp.array([[True, True, True, False]])
+  zeros = jnp.zeros(tokens.shape)
+  rollout = types.Rollout(
+    prompt_tokens=prompts, prompt_mask=prompt_mask, tokens=tokens, mask=mask, log_probs=zeros, entropy=zeros,
+    truncated=jnp.array([False]),
+  )  # fmt: skip
+  hidden = value_head.features(params, config, rollout)
+  # The state before token 2 is what is known without it, whatever it and its followers are.
+  whole = jnp.array([[3, 2, 4, 5]])
+  alone, _ = decoder.forward(params, config, whole, jnp.ones(whole.shape, bool))
+  np.testing.assert_allclose(hidden[0, 2], alone[0, -1], atol=1e-5)
+  other = value_head.features(params, config, rollout.replace(tokens=tokens.at[0, 2].set(6)))
+  np.testing.assert_array_equal(hidden[:, :3], other[:, :3])
+  gradient = jax.grad(lambda p: value_head.features(p, config, rollout).sum())(params)
+  assert all(not leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_run_resumes_with_its_critic_bit_for_bit(tmp_path):
+  config = tiny_config.get_config("grpo")
+  config.initial_params = ""
+  config.model.update({"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 16})
+  config.rollout.max_tokens, config.num_steps, config.evaluation.num_prompts = 16, 4, 4
+  config.evaluation.samples, config.evaluation.rows = 1, 4
+  config.credit.update({"source": "value_head", "mode": "difference"})
+  config_lib.validate(config)
+
+  def run(workdir):
+    train.claim_workdir(workdir, config, "test", resume=True)
+    train.run(config, workdir)
+    lines = report.read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines]
+
+  whole = run(tmp_path / "whole")
+  losses = [line["credit/critic_loss"] for line in whole if "credit/critic_loss" in line]
+  assert len(losses) == 4 and losses[-1] < losses[0]  # Random parameters never succeed: it learns that.
+  shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+  shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+  assert run(tmp_path / "resumed") == whole
+  model = config_lib.model_config(config, len(tasks.make_task("chain", split="train").tokenizer))
+  mesh = sharding.make_mesh()
+  ours, theirs = (
+    checkpoint.restore_run(tmp_path / name, model, mesh, vocab_size=model.vocab_size) for name in ("whole", "resumed")
+  )
+  assert ours[0] == theirs[0] == 4
+  jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
