@@ -463,6 +463,29 @@ def test_gguf_with_yarn(make, tmp_path):
     huggingface.load_config(write_gguf(tmp_path / "b.gguf", "qwen2", fields=fields | {"rope.scaling.attn_factor": 2.0}))
 
 
+def test_gguf_with_llama_3s_rope_scaling(make, tmp_path):
+  scaling = cases.CASES["llama-llama3"]["rope_scaling"] | {"original_max_position_embeddings": 8192}
+  expected, params = huggingface.load(make("llama-llama3", rope_scaling=scaling))
+  # As llama.cpp's converter makes the table.
+  table = []
+  for i in range(8):
+    wavelength = 2 * np.pi * 1e4 ** (i / 8)
+    smooth = (8192 / wavelength - 1) / (4 - 1)
+    between = 1 / ((1 - smooth) / 8 + smooth)
+    table.append(1 if wavelength < 8192 / 4 else 8 if wavelength > 8192 / 1 else between)
+  assert 1 < table[-2] < 8 == table[-1]
+  table = np.array(table, np.float32)
+  path = write_gguf(tmp_path / "a.gguf", "llama-llama3", tensors={"rope_freqs.weight": (table, F32)})
+  read, found = huggingface.load(path)
+  assert read == expected
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  for wrong in (table * [1, 1, 1, 1, 1, 1, 1.01, 1], table[:-1], np.full(8, np.nan), np.zeros(8), np.zeros(0)):
+    tensors = {"rope_freqs.weight": (wrong.astype(np.float32), F32)}
+    path = write_gguf(tmp_path / "b.gguf", "llama-llama3", tensors=tensors)
+    with pytest.raises(ValueError, match=r"b.gguf: tensor 'rope_freqs.weight'"):
+      huggingface.load(path)
+
+
 ONES = np.ones((32, 48), np.float32)
 
 

@@ -4,6 +4,7 @@ The `gguf` library reads the file and undoes its quantisation; what is here is
 the names, and the order of rotary pairs that Llama files are stored in.
 """
 
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import tokenizers
 import transformers
 
+from rredcot_jax.model import attention
 from rredcot_jax.model.config import ModelConfig, RopeScaling
 from rredcot_jax.model.huggingface import Fields
 
@@ -36,6 +38,9 @@ _BLOCK = {
   "ffn_down": "mlp.down_proj",
 }
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Llama 3's RoPE scaling is stored as what each frequency is divided by; only its factor differs among the models.
+_ROPE_TABLE = "rope_freqs.weight"
+_LLAMA3 = RopeScaling("llama3", 1.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
 
 # How text is taken apart before the merges, by the name that GGUF gives it, as in the models' tokenizer.json.
 _WORDS = (
@@ -105,7 +110,7 @@ class GgufFile:
     for name in ("attention.sliding_window", "rope.scale_linear", "expert_count"):
       if fields.values.get(name):
         raise ValueError(f"{self.path}: {name}={fields[name]} is not supported by this decoder.")
-    return fields.build(
+    config = fields.build(
       ModelConfig,
       vocab_size=embedding[0],
       width=width,
@@ -123,10 +128,12 @@ class GgufFile:
       tied_embeddings="lm_head.weight" not in self._tensors,
       max_positions=fields.integer("context_length"),
     )
+    return config if _ROPE_TABLE not in self._tensors else self._with_rope_table(config)
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """The tensors' Hugging Face names and their shapes there."""
-    return {name: tuple(int(size) for size in tensor.shape)[::-1] for name, tensor in self._tensors.items()}
+    tensors = ((name, tensor) for name, tensor in self._tensors.items() if name != _ROPE_TABLE)
+    return {name: tuple(int(size) for size in tensor.shape)[::-1] for name, tensor in tensors}
 
   def file(self, name: str) -> pathlib.Path:
     """This one."""
@@ -207,12 +214,21 @@ class GgufFile:
     result.chat_template = fields.values.get("tokenizer.chat_template")
     return result
 
+  def _with_rope_table(self, config: ModelConfig) -> ModelConfig:
+    """`config` with the scaling that the file's table of divisors means, which must be Llama 3's rule."""
+    table = self.read(_ROPE_TABLE)
+    factor = float(table.max(initial=1.0))
+    if config.rope_scaling is None and 1 <= factor < 1e4:
+      scaled = dataclasses.replace(config, rope_scaling=dataclasses.replace(_LLAMA3, factor=factor))
+      divisors = attention.rotary_frequencies(config)[0] / attention.rotary_frequencies(scaled)[0]
+      if table.shape == divisors.shape and np.allclose(table, divisors, rtol=1e-4, atol=0):
+        return scaled
+    raise ValueError(
+      f"{self.path}: tensor {_ROPE_TABLE!r} (RoPE scaling as a table) is not Llama 3's, of a context of "
+      f"{_LLAMA3.original_max_positions}: load the safetensors checkpoint instead."
+    )
+
   def _rope_scaling(self, fields: Fields) -> RopeScaling | None:
-    if "rope_freqs.weight" in self._tensors:
-      raise ValueError(
-        f"{self.path}: tensor 'rope_freqs.weight' (RoPE scaling as a table) is not supported: "
-        "load the safetensors checkpoint instead."
-      )
     kind = fields.values.get("rope.scaling.type", "none")
     if kind == "none":
       return None
