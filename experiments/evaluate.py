@@ -9,9 +9,10 @@ With --workdir the newest checkpoint of that run is evaluated, else what
 `evaluation.num_prompts` of them. For greedy decoding: `--config.rollout.top_k=1`.
 
 pass@k is the unbiased estimate from all samples, maj@k the probability that the
-most frequent answer of k samples is right (`metrics.maj_at_k`). Intervals are
-95% bootstrap intervals over prompts (`metrics.bootstrap_interval`), so they hold
-the noise of sampling as well.
+most frequent answer of k samples is right (`metrics.maj_at_k`); pass@1 is thus the
+mean over all samples. Standard errors are over prompts, and intervals are 95%
+bootstrap intervals over prompts (`metrics.bootstrap_interval`), so both hold the
+noise of sampling as well.
 
 Every judged batch is appended to `<output>.traces.jsonl`; the same command again
 goes on from there and ends with the same figures as an uninterrupted one. All
@@ -142,8 +143,9 @@ def summarise(judged: Sequence[evaluation.Judged], num_prompts: int, samples: in
     by_prompt = np.stack(values, axis=1)
     ends = metrics.bootstrap_interval(by_prompt)
     for i, k in enumerate(ks):
+      mean, error = metrics.mean_and_error(by_prompt[:, i])
       interval = [round(float(end), 6) for end in ends[:, i]]
-      of_k[str(k)] |= {name: round(float(by_prompt[:, i].mean()), 6), f"{name}_interval": interval}
+      of_k[str(k)] |= {name: round(mean, 6), f"{name}_se": round(error, 6), f"{name}_interval": interval}
   return {
     "prompts": num_prompts,
     "samples": samples,
@@ -160,8 +162,10 @@ def print_table(figures: dict[str, Any]) -> None:
   print(f"\n{'k':>4}  {'pass@k [95%]':<24}{'maj@k [95%]'}")
   for k, row in figures["k"].items():
     print(f"{k:>4}  {show(row, 'pass'):<24}{show(row, 'maj')}")
+  one = figures["k"]["1"]
   print(
-    f"\n{figures['prompts']} prompts x {figures['samples']} samples, {figures['length']:.1f} tokens on average, "
+    f"\npass@1 {100 * one['pass']:.1f}% with a standard error of {100 * one['pass_se']:.1f} over "
+    f"{figures['prompts']} prompts x {figures['samples']} samples, {figures['length']:.1f} tokens on average, "
     f"{100 * figures['truncated']:.1f}% truncated, {100 * figures['answered']:.1f}% answered"
   )
 

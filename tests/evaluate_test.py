@@ -102,6 +102,8 @@ def test_figures_by_hand():
   assert means["1"] == (0.5, 0.5)
   assert means["2"] == (0.75, round((3 / 4 + (1 + 0.5 + 0.5) / 6) / 2, 6))
   assert means["4"] == (1.0, 0.5)
+  # Prompts 3/4 and 1/4 right: their mean's error is half the distance.
+  assert (figures["k"]["1"]["pass_se"], figures["k"]["4"]["pass_se"]) == (0.25, 0.0)
   for k, row in figures["k"].items():
     for name in ("pass", "maj"):
       low, high = row[f"{name}_interval"]
@@ -284,7 +286,8 @@ def test_the_command_prints_a_table_and_ends_with_json(whole, tmp_path):
     assert row[0] == k and row[1] == f"{100 * of_k['pass']:.1f}%" and row[4] == f"{100 * of_k['maj']:.1f}%"
     low, high = of_k["maj_interval"]
     assert row[5:] == [f"[{100 * low:.1f},", f"{100 * high:.1f}]"]
-  assert "6 prompts x 3 samples" in table[-1]
+  error = 100 * figures["k"]["1"]["pass_se"]
+  assert f"standard error of {error:.1f} over 6 prompts x 3 samples" in table[-1]
 
 
 def test_a_judged_trace_survives_json():
