@@ -9,11 +9,13 @@ For 8 chips of 80 GB. Wants the checkpoint in checkpoints/DeepSeek-R1-Distill-Qw
 (Hugging Face's directory as it is) and the corpora in data/open_rs and
 data/{math500,amc23,minerva,aime}; README.md says how they are named there.
 
-**Not run by us.** Expected scores: the paper's table (arXiv 2606.06475), not
-reproduced here. For the model itself DeepSeek's report (arXiv 2501.12948) has pass@1
-28.9 on AIME 2024 and 83.9 on MATH-500, but with 32,768 tokens, temperature 0.6 and
-top_p 0.95: at the 1,024 tokens and temperature 1.0 of this configuration most of its
-traces are truncated, and far fewer are right. To check the model against the report:
+**Not run by us.** Expected scores are therefore the paper's (arXiv 2606.06475),
+second-hand, as readers' summaries quote them, not reproduced here: MATH-500 85.8 with
+RREDCoT and 84.8 with GRPO, AMC23 80.0 and 72.5. For the model itself DeepSeek's report
+(arXiv 2501.12948) has pass@1 28.9 on AIME 2024 and 83.9 on MATH-500, with 32,768
+tokens, temperature 0.6 and top_p 0.95: at the 1,024 tokens and temperature 1.0 of this
+configuration most traces are truncated, so expect far less before training, and do not
+read the paper's figures as this evaluation's. To check the model against the report:
 `--config.rollout.max_tokens=32768 --config.rollout.temperature=0.6
 --config.rollout.top_p=0.95 --config.evaluation.rows=16`. What the summaries of the
 paper do not say is our choice: group, batch, segmentation, learning rate, bank.
