@@ -58,8 +58,10 @@ def main(_: Any) -> None:
   print_table(table)
   tokens = figures["tokens_to_grpo_accuracy_over_grpo"]
   reached = [x for x in tokens if x is not None]
+  learnt = sum(after > before for before, after in zip(figures["accuracy_before"], figures["accuracy_grpo"]))
   print(
-    f"\nRREDCoT reached the accuracy at which GRPO ended in {len(reached)} of {len(tokens)} runs"
+    f"\nGRPO ended better than it began in {learnt} of {len(tokens)} runs; "
+    f"RREDCoT reached where it ended in {len(reached)} of those"
     + (f", with {np.mean(reached):.2f} of GRPO's rollout tokens." if reached else ".")
   )
   print(f"report       {root / 'report.html'}")
@@ -98,7 +100,9 @@ def compare(grpo: list[dict], rredcot: list[dict]) -> dict[str, Any]:
   """Every figure of the comparison, a list entry for each seed."""
   ratios = []
   for base, ours in zip(grpo, rredcot, strict=True):
-    needed = tokens_to_reach(ours, base["accuracy"][-1])
+    # An accuracy that GRPO had before its first token is none that it reached.
+    learnt = base["accuracy"][-1] > base["accuracy"][0]
+    needed = tokens_to_reach(ours, base["accuracy"][-1]) if learnt else None
     ratios.append(None if needed is None else round(needed / base["tokens"][-1], 4))
   return {
     "accuracy_before": [round(run["accuracy"][0], 4) for run in grpo],
