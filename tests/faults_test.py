@@ -1,15 +1,22 @@
-"""What goes wrong on the way: a full disk, a step that is not finite."""
+"""What goes wrong on the way: kills at any moment, a full disk, a step that is not finite."""
 
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
+import os
+import pathlib
 import re
 import resource
+import signal
+import subprocess
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
+import killed_run
 import numpy as np
 import pytest
 import sharding_test
@@ -17,7 +24,9 @@ import tiny_config
 import train
 from train_test import run, saved_params, untimed
 
-from rredcot_jax import checkpoint
+from rredcot_jax import checkpoint, report
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 # ---- A full disk -----------------------------------------------------------------------------
 
@@ -65,6 +74,35 @@ def test_a_full_disk_costs_one_checkpoint_at_most(tmp_path, caplog, on_failure):
   with full_disk(), pytest.raises(checkpoint.SaveFailed, match="checkpoint 5"):
     again.save(5, STATE, {})
     again.wait()
+
+
+# ---- Kills -----------------------------------------------------------------------------------
+
+
+# All 20 with `pytest -m faults`.
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.faults)])
+def test_killed_at_random_moments_a_run_repeats_bit_for_bit(tmp_path, kills):
+  environment = os.environ | {
+    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1"),
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'experiments'}",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(tmp_path), str(kills), "0"]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+  logs = "".join(path.read_text(errors="replace")[-2000:] for path in tmp_path.glob("*.log"))
+  assert done.returncode == 0, done.stderr[-2000:] + logs
+  kept = json.loads(done.stdout.splitlines()[-1])
+  assert kept["statuses"] == [0, *[-signal.SIGKILL] * kills, 0], logs
+  assert kept["half_written"] > 0  # Some kills fell into the write of a checkpoint.
+  killed, whole = tmp_path / "killed", tmp_path / "whole"
+  assert untimed(killed) == untimed(whole)
+  assert report.read_traces(killed / "traces.jsonl") == report.read_traces(whole / "traces.jsonl")
+  config = killed_run.get_config(kills)
+  (ours, data), (theirs, their_data) = (saved_params(run, config.num_steps, config) for run in (killed, whole))
+  assert data == their_data
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  assert not [*(killed / "checkpoints").glob("*tmp*")]
 
 
 # ---- A step that is not finite ---------------------------------------------------------------
