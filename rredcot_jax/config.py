@@ -157,6 +157,36 @@ def default_config() -> ConfigDict:
   return config
 
 
+def add_study(config: ConfigDict) -> None:
+  """Adds the options of experiments/credit_study.py to the schema: a run of train.py has none of them."""
+  config.unlock()
+  study = config.study = ConfigDict()
+  study.num_prompts = 32  # Held out; a group of rollout.group_size traces each.
+  study.truth_traces = 8  # Of each group, how many have their states valued by many rollouts.
+  study.truth_samples = 256  # Rollouts a state; a multiple of:
+  study.samples_per_round = 64  # Rollouts a state and file.
+  study.rows_at_once = 16  # Traces that are continued, scored and attributed together; a multiple of the group.
+  study.slots = 32  # Continuations of a trace run at once.
+  study.monte_carlo_samples = 9  # k of the Monte Carlo estimator, independent of the truth's; VinePPO's.
+  study.integration_steps = 64  # Of integrated gradients.
+  study.methods = ()  # estimators.METHODS
+  study.segmentations = ()  # segmentation.METHODS compared beside segmentation.method.
+  study.segmentation_prompts = 8  # Prompts whose traces are cut by all of them.
+  study.segmentation_traces = 2  # Of each of those groups.
+  study.segmentation_estimators = ()  # estimators.METHODS, tried on each segmentation.
+  study.gradient_prompts = 4  # Fixed prompts for the gradient's variance; 0 leaves it out.
+  study.gradient_groups = 64  # Independent groups of rollouts of each, at least 2.
+  study.groups_at_once = 8
+  # "<method>:<credit.mode>", "grpo" (what others are over) or "grpo:unscaled" (its unbiased form).
+  study.gradient_estimators = ()
+  study.gradient_reference = "monte_carlo:difference"  # One of them whose mean is the policy gradient.
+  study.gradient_part = "all"  # gradients.PARTS
+  study.resamples = 500  # Of the bootstrap over prompts.
+  config.lock()
+  config.task.options.unlock()
+  config.evaluation.task.options.unlock()
+
+
 def task_options(config: ConfigDict, split: str) -> dict[str, Any]:
   """Keyword arguments of `tasks.make_task` for "train" or "eval"."""
   task = config.evaluation.task if split == "eval" and config.evaluation.task.name else config.task

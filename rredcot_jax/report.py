@@ -236,7 +236,7 @@ def _code(character: str) -> str:
   return f"\\x{point:02x}" if point < 0x100 else f"\\u{point:04x}" if point < 0x10000 else f"\\U{point:08x}"
 
 
-def _html(text: Any) -> str:
+def text_html(text: Any) -> str:
   """Untrusted text as HTML content; never for an attribute, which takes `_attribute`."""
 
   def one(character: str) -> str:
@@ -285,17 +285,23 @@ def write_report(runs: Mapping[str, Path], path: Path, *, title: str, summary: S
   a trace whose fields disagree.
   """
   metrics = {name: read_metrics(Path(run) / "metrics.jsonl") for name, run in runs.items()}
-  parts = [f"<h1>{_html(title)}</h1>"]
+  parts = [f"<h1>{text_html(title)}</h1>"]
   if summary:
-    parts.append(f"<h2>Summary</h2>{_table_html(summary)}")
+    parts.append(f"<h2>Summary</h2>{table_html(summary)}")
   parts.append(f"<h2>Training</h2>{_training_html(metrics)}<h2>Credit on traces</h2>")
   parts += [_traces_html(name, Path(run) / "traces.jsonl") for name, run in runs.items()]
   parts.append("<h2>Configuration</h2>")
   parts += [_config_html(name, Path(run) / "config.json") for name, run in runs.items()]
+  write_page(path, title=title, parts=parts)
+
+
+def write_page(path: Path, *, title: str, parts: Sequence[str]) -> None:
+  """Writes `parts`, HTML that holds nothing unescaped, as one self-contained page, atomically."""
   page = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
     # No script and no load of any kind, should an escape ever be missed.
-    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+    '<meta http-equiv="Content-Security-Policy" content="'
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     f"<title>{_attribute(title)}</title><style>{_CSS}</style></head>\n<body>\n"
     + "\n".join(parts)
@@ -311,12 +317,15 @@ def write_report(runs: Mapping[str, Path], path: Path, *, title: str, summary: S
     temporary.unlink(missing_ok=True)
 
 
-def _table_html(rows: Sequence[Mapping]) -> str:
+def table_html(rows: Sequence[Mapping]) -> str:
+  """Rows as an HTML table, columns in the order in which keys first appear; cells may hold any text."""
   columns = list(dict.fromkeys(key for row in rows for key in row))
   numeric = {key: all(_is_number(row[key]) for row in rows if row.get(key) is not None) for key in columns}
 
   def line(tag: str, cells: Mapping[str, str]) -> str:
-    inside = (f'<{tag} class="{"number" if numeric[key] else "text"}">{_html(cells[key])}</{tag}>' for key in columns)
+    inside = (
+      f'<{tag} class="{"number" if numeric[key] else "text"}">{text_html(cells[key])}</{tag}>' for key in columns
+    )
     return f"<tr>{''.join(inside)}</tr>"
 
   head = line("th", {key: key for key in columns})
@@ -337,12 +346,12 @@ def _format(value: Any) -> str:
 
 
 def _training_html(metrics: Mapping[str, list[dict]]) -> str:
-  names = "".join(f'<span class="run">{_swatch(i)}{_html(name)}</span>' for i, name in enumerate(metrics))
+  names = "".join(f'<span class="run">{_swatch(i)}{text_html(name)}</span>' for i, name in enumerate(metrics))
   lost = {
     name: sum(_is_number(value) and not math.isfinite(value) for row in rows for value in row.values())
     for name, rows in metrics.items()
   }
-  listed = ", ".join(f"{_html(name)} ({count})" for name, count in lost.items() if count)
+  listed = ", ".join(f"{text_html(name)} ({count})" for name, count in lost.items() if count)
   return (
     f'<p class="runs">{names}</p><figure role="img" aria-label="Training curves">{_svg(_curves(metrics))}'
     "<figcaption>Faint: logged values. Line: running mean (of the time per step: running median) over"
@@ -360,7 +369,7 @@ def _swatch(index: int) -> str:
 def _traces_html(name: str, path: Path) -> str:
   traces = read_traces(path)
   if not traces:
-    return f'<h3>{_html(name)}</h3><p class="note">no traces</p>'
+    return f'<h3>{text_html(name)}</h3><p class="note">no traces</p>'
   try:
     chosen = _choose(traces)
     scale = _scale(chosen)
@@ -369,7 +378,7 @@ def _traces_html(name: str, path: Path) -> str:
     raise ValueError(f"{path} holds a broken trace: {error!r}") from error
   gradient = f"linear-gradient(to right, {_hex(_NEGATIVE)}, #fff, {_hex(_POSITIVE)})"
   return (
-    f'<h3>{_html(name)}</h3><div class="scale"><span>redistributed reward r<sub>k</sub></span>'
+    f'<h3>{text_html(name)}</h3><div class="scale"><span>redistributed reward r<sub>k</sub></span>'
     f'<span>{-scale:+.3f}</span><i style="background:{gradient}"></i><span>{scale:+.3f}</span>'
     f"<span>white is 0; one scale for this run</span></div>{articles}"
   )
@@ -397,16 +406,16 @@ def _trace_html(trace: Mapping, scale: float) -> str:
     spans.append(f'<span class="note"> … {hidden:,} more tokens</span>')
   wrong = trace.get("first_wrong_segment")
   facts = (
-    f"<span>step <b>{_html(trace['step'])}</b></span>"
+    f"<span>step <b>{text_html(trace['step'])}</b></span>"
     f"<span><b>{_verdict(trace)}</b>, R = {trace['return']:.3g}</span>"
     f"<span>v(s<sub>0</sub>) = {trace['values'][0]:.3f}</span>"
     f"<span>Σ r<sub>k</sub> = {math.fsum(trace['rewards']):+.3f}</span>"
     f"<span>{len(trace['tokens']):,} tokens in {len(segments)} segments</span>"
-    f"{f'<span>first wrong: segment {_html(wrong)}</span>' if wrong is not None else ''}"
-    f'<span class="answer">reference answer <b>{_html(_shorten(trace["answer"], 200))}</b></span>'
+    f"{f'<span>first wrong: segment {text_html(wrong)}</span>' if wrong is not None else ''}"
+    f'<span class="answer">reference answer <b>{text_html(_shorten(trace["answer"], 200))}</b></span>'
   )
   return (
-    f'<article><p class="facts">{facts}</p><div class="prompt">{_html(_shorten(trace["prompt"]))}</div>'
+    f'<article><p class="facts">{facts}</p><div class="prompt">{text_html(_shorten(trace["prompt"]))}</div>'
     f'<div class="trace">{"".join(spans)}</div><figure role="img" aria-label="State values along the trace">'
     f"{_svg(_value_curve(trace, scale))}</figure></article>"
   )
@@ -418,7 +427,7 @@ def _segment_html(segment: Segment, scale: float, room: int) -> str:
     f" {len(segment.tokens)} tokens, mean advantage {segment.advantage:+.4f}"
   )
   flag = '<span class="flag">first wrong step</span>' if segment.first_wrong else ""
-  inside = _html("".join(segment.tokens[:room]))
+  inside = text_html("".join(segment.tokens[:room]))
   body = inside.removesuffix("\n")  # its last line end goes outside: an outline would run into the next line
   return (
     f'<span class="segment{" wrong" if segment.first_wrong else ""}" title="{_attribute(tip)}"'
@@ -429,7 +438,7 @@ def _segment_html(segment: Segment, scale: float, room: int) -> str:
 
 def _config_html(name: str, path: Path) -> str:
   if not path.is_file():
-    return f'<details><summary>{_html(name)}</summary><p class="note">no config.json</p></details>'
+    return f'<details><summary>{text_html(name)}</summary><p class="note">no config.json</p></details>'
   try:
     config = json.loads(path.read_text(encoding="utf-8"))
     command, settings = config.get("command", ""), config.get("config", {})
@@ -437,14 +446,14 @@ def _config_html(name: str, path: Path) -> str:
     raise ValueError(f"{path} is not a JSON object with command and config: {error}") from error
   body = json.dumps(settings, indent=2, ensure_ascii=False)
   # Split, so that the line ends of the dump do not get the mark that line ends in text get.
-  lines = "\n".join(_html(line) for line in [f"$ {command}", "", *body.split("\n")])
-  return f"<details><summary>{_html(name)}</summary><pre>{lines}</pre></details>"
+  lines = "\n".join(text_html(line) for line in [f"$ {command}", "", *body.split("\n")])
+  return f"<details><summary>{text_html(name)}</summary><pre>{lines}</pre></details>"
 
 
 # ---------------------------------------------------------------------------------------------- figures
 
 
-def _style() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
   """Our look whatever the reader's matplotlibrc says, so that a report is the same bytes everywhere."""
   import matplotlib.style
 
@@ -454,7 +463,7 @@ def _style() -> AbstractContextManager[None]:
 def _svg(figure: "Figure") -> str:
   """The figure as an inline <svg>: no prologue, no metadata, no numbered ids (they would repeat)."""
   buffer = io.StringIO()
-  with _style():
+  with style():
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
   text = buffer.getvalue()
   return re.sub(r'<g id="\w+_\d+">', "<g>", text[text.index("<svg") :])
@@ -484,7 +493,7 @@ def _curves(metrics: Mapping[str, list[dict]]) -> "Figure":
   from matplotlib.layout_engine import ConstrainedLayoutEngine
   from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-  with _style():
+  with style():
     figure = Figure(figsize=(10, 5.4), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.08))
     axes = figure.subplots(2, 3)
     axes[0, 2].sharey(axes[0, 1])
@@ -531,7 +540,7 @@ def _value_curve(trace: Mapping, scale: float) -> "Figure":
 
   segments = trace_segments(trace)
   ends = [0, *(segment.start + len(segment.tokens) for segment in segments)]
-  with _style():
+  with style():
     figure = Figure(figsize=(10, 1.9), layout="constrained")
     ax = figure.subplots()
     for segment, end in zip(segments, ends[1:]):
@@ -564,7 +573,7 @@ def credit_figure(trace: Mapping) -> "Figure":
   shown, scale = segments[:MAX_ROWS], _scale([trace])
   rows = [_wrap(segment.text, 44 if segment.first_wrong else 64, 3) for segment in shown]
   edges = np.cumsum([0.0, *(len(lines) + 0.55 for lines in rows)])
-  with _style():
+  with style():
     figure = Figure(figsize=(9, 1.25 + 0.19 * edges[-1]), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3.2, 1))
     for segment, lines, top, bottom in zip(shown, rows, edges, edges[1:]):
@@ -593,9 +602,9 @@ def _draw_text(ax: "Axes", segment: Segment, lines: list[str], middle: float) ->
 
 def _label_rows(left: "Axes", right: "Axes", trace: Mapping, edges: np.ndarray) -> None:
   hidden = len(trace["rewards"]) + 1 - len(edges)
-  answer = f"{_verdict(trace)}, reference answer {_one_line(trace['answer'], 24)}"
+  answer = f"{_verdict(trace)}, reference answer {one_line(trace['answer'], 24)}"
   more = f"; {hidden} more segments" if hidden else ""
-  title = f"{_one_line(trace['prompt'], 70)}\n{answer}{more}"
+  title = f"{one_line(trace['prompt'], 70)}\n{answer}{more}"
   left.set_title(title, parse_math=False, fontsize=8.5, family="monospace", linespacing=1.5)
   left.set(xlim=(0, 1), ylim=(max(edges[-1], 0.1), 0), xticks=[], ylabel="segment k")
   left.set_yticks((edges[1:] + edges[:-1]) / 2, [str(k) for k in range(len(edges) - 1)])
@@ -620,7 +629,7 @@ def render_terminal(trace: Mapping, *, color: bool) -> str:
   scale, room = _scale([trace]), MAX_TOKENS
   lines = [
     f"step {trace['step']}: {_verdict(trace)}, R = {trace['return']:.3g},"
-    f" reference answer {_one_line(trace['answer'], 60)}",
+    f" reference answer {one_line(trace['answer'], 60)}",
     *(f"  {line}" for line in _wrap(_shorten(trace["prompt"]), 100, 40)),
     "",
     f"    k      r_k  {'-     0     +':13}  {'v before, after':15}  segment",
@@ -657,5 +666,6 @@ def _wrap(text: Any, width: int, limit: int) -> list[str]:
   return lines if len(lines) <= limit else [*lines[: limit - 1], f"{lines[limit - 1][: width - 2].rstrip()} …"]
 
 
-def _one_line(text: Any, width: int) -> str:
+def one_line(text: Any, width: int) -> str:
+  """`text` made visible in at most `width` characters of one line."""
   return _wrap(" ".join(str(text).split()), width, 1)[0]

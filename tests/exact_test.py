@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rredcot_jax import redistribute
+from rredcot_jax import completions, monte_carlo, redistribute, types
 from rredcot_jax.values import estimate_values
 
 LENGTH, VOCAB, EOS = 4, 3, 0
@@ -188,3 +188,135 @@ def test_bad_options_are_named():
     estimate_values(*args, form="plan")
   with pytest.raises(ValueError, match="max_weight=0"):
     estimate_values(*args, max_weight=0)
+
+
+# ---- Monte Carlo, banks of rollouts and forms: expectations by enumeration ------------------
+
+
+def monte_carlo_values(rewards, return_):
+  """v(s_0) .. v(s_K) from rewards [K, N] of each state's continuations."""
+  shape = np.shape(rewards)
+  found = monte_carlo.MonteCarloValues(
+    np.array(rewards, np.float32)[None], np.array([return_], np.float32), np.array([shape[0]]), 0, 0, 0, 0.0, 0.0
+  )
+  return found.values[0]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_monte_carlo_values_and_differences_are_unbiased_with_binomial_variance(seed):
+  """Over all pairs of draws from two consecutive states: E v = v, Var v = Var R / 2, E r = r; no bias at any k."""
+  toy = Toy(seed, zero_share=0.5)
+  first, second = (), (1,)
+  draws = [[(np.exp(toy.log_prob(t, len(s))), toy.utility[t]) for t in toy.completions(s)] for s in (first, second)]
+  for k in (1, 2):
+    mean, square = np.zeros(2), np.zeros(2)
+    for state in range(2):
+      for picked in itertools.product(draws[state], repeat=k):
+        probability = np.prod([p for p, _ in picked])
+        value = monte_carlo_values([[u for _, u in picked]], 0.0)[0]
+        mean[state] += probability * value
+        square[state] += probability * value**2
+    exact = [toy.value(first), toy.value(second)]
+    np.testing.assert_allclose(mean, exact, atol=1e-6)
+    spread = [sum(p * u**2 for p, u in d) - v**2 for d, v in zip(draws, exact)]
+    np.testing.assert_allclose(square - mean**2, np.array(spread) / k, atol=1e-6)
+  # Differences are linear in independent values, so that they are unbiased as well, up to the observed end.
+  trace = (1, EOS)
+  expected = np.zeros(2)
+  for (p, u), (q, w) in itertools.product(*draws):
+    values = jnp.asarray(monte_carlo_values([[u], [w]], toy.utility[trace])[:2])
+    expected += p * q * np.asarray(redistribute(values, jnp.float32(toy.utility[trace]), jnp.int32(2)))
+  exact = [toy.value(second) - toy.value(first), toy.utility[trace] - toy.value(second)]
+  np.testing.assert_allclose(expected, exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("bank_size", [2, 1])
+def test_a_bank_of_the_groups_rollouts_is_unbiased_if_it_holds_every_success(bank_size):
+  """Over all pairs of traces: E v(s_1) = v(s_1) where utilities survive splicing and all successes have a place.
+
+  With fewer places a trace's own suffix, of weight 1, always has one: biased then, in no fixed direction.
+  """
+  toy = Toy(7)
+  # By how many tokens are left: a completion keeps its utility after any prefix of the same length.
+  utility = lambda trace: float(len(trace) != 3)
+  expected, total = {}, {}
+  for own, other in itertools.product(toy.completions(()), repeat=2):
+    if len(own) < 2:
+      continue
+    value = bank_value(group_bank([own, other], utility, toy, bank_size), own[:1], toy)
+    weight = np.exp(toy.log_prob(own, 0) + toy.log_prob(other, 0))
+    expected[own[0]] = expected.get(own[0], 0.0) + weight * value
+    total[own[0]] = total.get(own[0], 0.0) + weight
+  assert set(expected) == {1, 2}
+  for token, sum_ in expected.items():
+    exact = sum(np.exp(toy.log_prob(t, 1)) * utility(t) for t in toy.completions((token,)))
+    if bank_size == 2:
+      assert sum_ / total[token] == pytest.approx(exact, abs=1e-4)
+    else:
+      assert sum_ / total[token] - exact == pytest.approx({1: 0.0098, 2: -0.0199}[token], abs=1e-3)
+
+
+def group_bank(group, utility, toy, bank_size):
+  """`completions.make_bank("rollouts")` of two traces, a segment a token."""
+  size = LENGTH + 1
+  tokens, mask, log_probs = np.zeros((2, size), np.int32), np.zeros((2, size), bool), np.zeros((2, size), np.float32)
+  ends = np.zeros((2, LENGTH), np.int32)
+  for row, trace in enumerate(group):
+    tokens[row, : len(trace)], mask[row, : len(trace)] = trace, True
+    log_probs[row, : len(trace)] = [np.log(toy.next[trace[:t]][trace[t]]) for t in range(len(trace))]
+    ends[row] = np.minimum(np.arange(1, LENGTH + 1), len(trace))
+  lengths = mask.sum(axis=1).astype(np.int32)
+  rollout = types.Rollout(tokens[:, :1], mask[:, :1], tokens, mask, log_probs, log_probs, np.zeros(2, bool))
+  segments = types.Segments(ends, np.where(mask, np.arange(size), -1), lengths, np.zeros(2, np.int32))
+  references = [completions.Reference((), (), (EOS,))] * 2
+  returns = np.array([utility(trace) for trace in group], np.float32)
+  return completions.make_bank(
+    "rollouts", references, rollout, segments, returns, np.zeros(VOCAB, int), group_size=2, bank_size=bank_size,
+    max_tokens=LENGTH,
+  ).completions  # fmt: skip
+
+
+def bank_value(bank, prefix, toy):
+  """v of row 0's state 1, the bank's completions scored by the toy; 0 where the bank is empty."""
+  valid = bank.valid[0, 1]
+  if not valid.any():
+    return 0.0
+  ids = [row[m].tolist() for row, m in zip(bank.tokens[0, 1][valid], bank.mask[0, 1][valid])]
+  log_p = [toy.log_prob((*prefix, *c), len(prefix)) for c in ids]
+  return estimate(log_p, bank.utilities[0, 1][valid], bank.log_q[0, 1][valid])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_length_normalisation_has_the_other_sign(seed):
+  """One reference of L > 1 tokens: p <= v, as the reference is one way among others, and p^(1/L) > p, above v too."""
+  toy, above = Toy(seed), 0
+  for prefix in toy.states():
+    if len(prefix) > 1:
+      continue
+    for trace in toy.completions(prefix):
+      length = len(trace) - len(prefix)
+      if length < 2:
+        continue
+      log_p = toy.log_prob(trace, len(prefix))
+      arrays = [jnp.full((1, 1), x, jnp.float32) for x in (log_p, 1.0, 0.0)]
+      values, _ = jitted(*arrays, jnp.ones((1, 1), bool), jnp.full((1, 1), length), form="length_normalised")
+      assert float(values[0]) == pytest.approx(np.exp(log_p / length), rel=1e-5)
+      assert float(values[0]) > np.exp(log_p)
+      # The value where this reference alone is right is p itself.
+      above += float(values[0]) > np.exp(log_p) + 1e-6
+  assert above > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_being_made_to_leave_is_a_value_of_another_policy(seed):
+  """force_exit drops p(exit | s): of all answers after one exit token it gives v(s . exit), not v(s)."""
+  toy = Toy(seed)
+  exit_token, prefix = 2, (1,)
+  after = toy.completions((*prefix, exit_token))
+  log_p = [toy.log_prob(t, len(prefix)) for t in after]
+  forced = [toy.log_prob(t, len(prefix) + 1) for t in after]
+  utilities, log_q = [toy.utility[t] for t in after], np.full(len(after), -np.log(len(after)))
+  leave = toy.next[prefix][exit_token]
+  assert estimate(forced, utilities, log_q) == pytest.approx(toy.value((*prefix, exit_token)), abs=1e-5)
+  assert estimate(log_p, utilities, log_q) == pytest.approx(leave * toy.value((*prefix, exit_token)), abs=1e-5)
+  assert estimate(log_p, utilities, log_q) < toy.value(prefix)

@@ -126,7 +126,7 @@ def test_the_page_loads_nothing(hostile_page):
       assert "url(" not in value.replace("url(#", ""), (tag, name, value)
   assert "url(" not in report._CSS and "@import" not in report._CSS
   policies = [attributes["content"] for _, attributes in hostile_page.elements if "http-equiv" in attributes]
-  assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+  assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_same_runs_give_the_same_bytes_whatever_matplotlibrc_says(tmp_path):

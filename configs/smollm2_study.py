@@ -1,0 +1,90 @@
+"""The credit study on SmolLM2-135M after its warm start on gsm_symbolic, on a CPU or on an accelerator.
+
+    make demo-llm                                                     # makes runs/demo-llm/start, among other things
+    python experiments/credit_study.py --config configs/smollm2_study.py --workdir runs/smollm2-study
+    python experiments/credit_study.py --config configs/smollm2_study.py:accelerator --workdir runs/smollm2-study-256
+
+`cpu` (the default) takes 64 rollouts a state of 2 traces of each of 8 groups; `accelerator` 256 rollouts of every
+trace of 32 groups, and has not been run. Questions and model are those of configs/demo_llm.py; on the CPU, variances
+are those of the gradient of the output head alone, since gradients of all 135 M parameters are too dear to take by the
+hundred.
+"""
+
+from ml_collections import ConfigDict
+
+from rredcot_jax.config import add_study, default_config, options_of, set_model
+
+TEMPLATES = (10, 16, 43, 72)
+
+
+def get_config(arg: str = "cpu") -> ConfigDict:
+  """Options: where (cpu, accelerator)."""
+  where = options_of(arg, {"where": ("cpu", "accelerator")})["where"]
+  config = default_config()
+  add_study(config)
+  set_model(config, "SmolLM2-135M")
+  config.initial_params = "runs/demo-llm/start"
+  config.task.name = "reasoning_gym/gsm_symbolic"
+  config.task.options.size = 4096
+  config.task.options.scorer = "numeric"
+  config.task.options.templates = TEMPLATES
+  config.task.options.tokenizer_dir = "runs/demo-llm/base"
+  config.task.options.chat = False
+  config.rollout.group_size = 8
+  config.rollout.max_prompt_tokens = 72
+  config.rollout.max_tokens = 60
+  config.segmentation.method = "newline"
+  config.segmentation.k_max = 6
+  config.credit.chunk_size = 2  # Branches run at once: logits over 49152 words are large.
+  study = config.study
+  study.num_prompts = 8
+  study.truth_traces = 2
+  study.truth_samples = 64
+  study.samples_per_round = 32
+  study.rows_at_once = 8
+  study.slots = 16
+  study.integration_steps = 16
+  study.methods = (
+    "rredcot_answer",
+    "rredcot_answer_forced",
+    "rredcot_solution",
+    "rredcot_suffix",
+    "rredcot_rollouts",
+    "rredcot_rollouts_self_normalised",
+    "monte_carlo",
+    "leave_one_out",
+    "gradient_x_input",
+    "integrated_gradients",
+    "attention",
+    "attention_rollout",
+    "grpo",
+    "random",
+  )
+  study.segmentations = ("sentence", "entropy")
+  study.segmentation_prompts = 4
+  study.segmentation_traces = 1
+  study.segmentation_estimators = ("rredcot_answer_forced", "leave_one_out")
+  study.gradient_prompts = 2
+  study.gradient_groups = 12
+  study.groups_at_once = 1
+  study.gradient_part = "head"
+  study.gradient_reference = "grpo:unscaled"
+  study.gradient_estimators = (
+    "grpo",
+    "grpo:unscaled",
+    "rredcot_answer_forced:difference",
+    "rredcot_answer_forced:signed",
+    "rredcot_rollouts:difference",
+    "leave_one_out:difference",
+    "attention:magnitude",
+    "random:magnitude",
+  )
+  if where == "accelerator":
+    config.study.update(
+      num_prompts=32, truth_traces=8, truth_samples=256, samples_per_round=64, rows_at_once=32, slots=64,
+      segmentation_prompts=16, segmentation_traces=4, gradient_prompts=8, gradient_groups=64, groups_at_once=4,
+      gradient_part="all", gradient_reference="monte_carlo:difference",
+      gradient_estimators=(*study.gradient_estimators, "monte_carlo:difference"),
+    )  # fmt: skip
+    config.credit.chunk_size = 0
+  return config

@@ -1,0 +1,345 @@
+"""The credit study: what each way of crediting the segments of a trace is worth, and what it costs.
+
+    python experiments/credit_study.py --config configs/chain_study.py --workdir runs/chain-study
+
+Samples traces, values their states by many rollouts (the ground truth), credits them with every
+method, and compares. Writes study.html, study.json and figures there; the last line printed is
+the headline as one JSON object. Interrupted, the same command goes on: ground truth is kept round
+by round, gradients whole. docs/method.md, section 9, is the protocol.
+"""
+
+import functools
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import train
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from rredcot_jax import (
+  checkpoint,
+  estimators,
+  evaluation,
+  flops,
+  gradients,
+  ground_truth,
+  sampling,
+  segmentation,
+  sharding,
+  study,
+  study_report,
+  tasks,
+  types,
+)
+from rredcot_jax import config as config_lib
+from rredcot_jax.tasks import batching
+
+CONFIG, WORKDIR = train.CONFIG, train.WORKDIR  # The same two flags.
+
+# Independent streams of one seed: the truth must not share samples with what it judges.
+_TRACES, _TRUTH, _ESTIMATES, _GRADIENTS = range(4)
+
+
+def main(_: Any) -> None:
+  config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
+  validate(config)
+  command = " ".join(["python", *sys.argv])
+  train.claim_workdir(workdir, config, command, resume=True)
+  print(json.dumps(run(config, workdir, command)))
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, Any]:
+  """The whole study; returns its headline."""
+  began = time.perf_counter()
+  options = config.study
+  # ---- Policy and task ---------------------------------------------------------------------
+  task = tasks.make_task(**config_lib.task_options(config, "eval"))
+  tables = batching.vocab_tables(task.tokenizer)
+  model = config_lib.model_config(config, len(task.tokenizer))
+  keys = [jax.random.fold_in(jax.random.key(config.seed), stream) for stream in range(4)]
+  params = checkpoint.start_params(config.initial_params, model, sharding.make_mesh(**config.mesh), keys[_TRACES])
+  engine = make_engine(config, task, params, model, tables)
+
+  # ---- Traces ------------------------------------------------------------------------------
+  size = config.rollout.group_size
+  prompts = np.repeat(np.arange(options.num_prompts), size)
+  traces = sample_traces(config, engine, [task[int(i)] for i in prompts], keys[_TRACES])
+  traces = cut(config, engine, traces, tables, config.segmentation.method)
+  valued = np.flatnonzero(np.arange(len(prompts)) % size < options.truth_traces)
+  few = options.segmentation_prompts * size
+  recut = {name: cut(config, engine, traces.rows(np.arange(few)), tables, name) for name in options.segmentations}
+  print(
+    f"{len(prompts)} traces of {options.num_prompts} prompts, {traces.returns.mean():.1%} right, "
+    f"{traces.num_segments.mean():.1f} segments each", flush=True,
+  )  # fmt: skip
+
+  # ---- Ground truth ------------------------------------------------------------------------
+  states = ground_truth.States()
+  state_of = states.of_segments(traces, prompts, valued)
+  few_valued = np.flatnonzero((np.arange(few) % size) < options.segmentation_traces)
+  states_of = {name: states.of_segments(other, prompts, few_valued) for name, other in recut.items()}
+  print(f"{len(states.rows)} distinct states, {options.truth_samples} rollouts each", flush=True)
+  truth = ground_truth.measure(
+    engine, traces, states, keys[_TRUTH], workdir / "truth", samples=options.truth_samples,
+    samples_per_round=options.samples_per_round, rows_at_once=options.rows_at_once, slots=options.slots,
+  )  # fmt: skip
+  evidence = study.evidence_of(traces, state_of, prompts, ground_truth.answer_stated(task, traces))
+
+  # ---- Every method's credit ---------------------------------------------------------------
+  credit_of = functools.partial(study.credit_in_chunks, engine, key=keys[_ESTIMATES], rows_at_once=options.rows_at_once)
+  estimates = {name: credit_of(name, traces) for name in tqdm(options.methods, desc="methods")}
+
+  # ---- a. Value quality --------------------------------------------------------------------
+  resamples = options.resamples
+  quality = study.value_quality(evidence, truth, estimates, resamples=resamples)
+
+  # ---- b. Ranking of continuations of one state --------------------------------------------
+  ranking = study.ranking(evidence, truth, estimates, resamples=resamples)
+
+  # ---- c. Error localisation ---------------------------------------------------------------
+  wrong = ground_truth.first_wrong_segments(task, traces)
+  known = bool((wrong >= 0).any())
+  rewards = {name: estimate.rewards for name, estimate in estimates.items()}
+  drops = study.largest_drops(evidence, truth)
+  localise = functools.partial(study.localisation, resamples=resamples)
+  localisation = {
+    "first wrong step": localise(wrong, traces.num_segments, prompts, rewards),
+    "largest drop of the truth": localise(drops, traces.num_segments, prompts, rewards),
+    "first wrong step, by the truth itself": localise(
+      np.where(evidence.mask.any(axis=1), wrong, -1), traces.num_segments, prompts,
+      {"ground_truth": evidence.differences(truth.values)},
+    ),
+  }  # fmt: skip
+
+  # ---- d. Gradient variance ----------------------------------------------------------------
+  costs = {name: study.cost(estimate, len(prompts)) for name, estimate in estimates.items()}
+  variance = None
+  if options.gradient_prompts:
+    moments = gradient_moments(config, engine, task, tables, keys[_GRADIENTS], workdir / "gradients.npz")
+    variance = study.gradient_variance(
+      moments, reference=options.gradient_reference, step_flops=step_flops(engine, traces, costs, moments.names),
+      resamples=resamples,
+    )  # fmt: skip
+
+  # ---- e. Segmentation ---------------------------------------------------------------------
+  main_few = traces.rows(np.arange(few))
+  cuts = {
+    config.segmentation.method: (main_few, np.where(np.isin(np.arange(few), few_valued)[:, None], state_of[:few], -1))
+  }
+  cuts |= {name: (recut[name], states_of[name]) for name in recut}
+  segmentations = {
+    name: of_segmentation(config, task, other, places, prompts[:few], truth, credit_of)
+    for name, (other, places) in tqdm(cuts.items(), desc="segmentations")
+  }
+
+  # ---- f. Cost, and everything written -----------------------------------------------------
+  result = {
+    "spearman_difference": point(quality["differences"]["all"]["methods"], "spearman"),
+    "error_localisation": point(localisation["first wrong step" if known else "largest drop of the truth"]["methods"]),
+    "gradient_variance_over_grpo": point(variance["fixed prompts"], "useful_ratio") if variance else {},
+    "spearman_difference_interval": interval(quality["differences"]["all"]["methods"], "spearman"),
+    "error_localisation_interval": interval(
+      localisation["first wrong step" if known else "largest drop of the truth"]["methods"]
+    ),
+    "gradient_variance_over_grpo_interval": interval(variance["fixed prompts"], "useful_ratio") if variance else {},
+    "error_localisation_is": "first wrong step" if known else "largest drop of the truth",
+    "command": command,
+    "traces": len(prompts),
+    "prompts": options.num_prompts,
+    "accuracy": float(traces.returns.mean()),
+    "states": len(states.rows),
+    "truth": {
+      "samples": options.truth_samples, "generated_tokens": truth.generated_tokens, "seconds": truth.seconds,
+      "standard_error": float(truth.standard_errors.mean()),
+    },
+    "value_quality": quality,
+    "calibration": {
+      name: study.calibration_curve(evidence, evidence.spread(truth.values), e.values)
+      for name, e in estimates.items() if e.values is not None
+    },
+    "ranking": ranking,
+    "localisation": localisation,
+    "gradient_variance": variance,
+    "segmentation": segmentations,
+    "cost": costs,
+  }  # fmt: skip
+  records = trace_records(task, traces, evidence, truth, estimates, wrong if known else drops)
+  result["records"] = records
+  study_report.write(workdir, result, records, title=f"Credit study: {task.name}", config=config.to_json_best_effort())
+  return {
+    **{name: result[name] for name in ("spearman_difference", "error_localisation", "gradient_variance_over_grpo")},
+    "noise_ceiling": quality["differences"]["all"]["ceiling"], "error_localisation_is": result["error_localisation_is"],
+    "workdir": str(workdir), "seconds": round(time.perf_counter() - began, 1),
+  }  # fmt: skip
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks the study's own options; see `config.validate` for the rest."""
+  config_lib.validate(config)
+  options, size = config.study, config.rollout.group_size
+  for name in ("methods", "segmentation_estimators"):
+    for method in options[name]:
+      types.check_option(f"study.{name}", method, estimators.METHODS)
+  for method in options.segmentations:
+    types.check_option("study.segmentations", method, segmentation.METHODS)
+  total = options.num_prompts * size
+  if options.rows_at_once % size or total % min(options.rows_at_once, total):
+    raise ValueError(
+      f"study.rows_at_once={options.rows_at_once} must be a multiple of rollout.group_size={size} and divide "
+      f"study.num_prompts * rollout.group_size={total}."
+    )
+  if options.segmentation_prompts > options.num_prompts:
+    raise ValueError(f"study.segmentation_prompts={options.segmentation_prompts} exceeds {options.num_prompts}.")
+  if options.gradient_prompts and options.gradient_groups % options.groups_at_once:
+    raise ValueError(
+      f"study.gradient_groups={options.gradient_groups} must be a multiple of groups_at_once={options.groups_at_once}."
+    )
+
+
+def make_engine(config: ConfigDict, task, params, model, tables) -> estimators.Estimators:
+  options = config.study
+  examples = [task[i] for i in range(max(options.num_prompts, options.gradient_prompts))]
+  sampling_options = {name: config.rollout[name] for name in ("max_tokens", "temperature", "top_k", "top_p")}
+  return estimators.Estimators(
+    params, model, task, tables.newlines, group_size=config.rollout.group_size, sampling_options=sampling_options,
+    room=estimators.completion_rooms(batching.references(task, examples), config.rollout.max_tokens),
+    monte_carlo_samples=options.monte_carlo_samples, slots=options.slots, integration_steps=options.integration_steps,
+    chunk_size=config.credit.chunk_size or None,
+  )  # fmt: skip
+
+
+def sample_traces(config: ConfigDict, engine: estimators.Estimators, examples: list, key: jax.Array):
+  """Traces of `examples`, not cut yet."""
+  prompts = batching.prompt_arrays(engine.task, examples, config.rollout.max_prompt_tokens)
+  rollout, cache = sampling.sample(engine.params, engine.model, *prompts, key, **engine.generation_options)
+  returns = evaluation.returns_of(engine.task, examples, jax.device_get(rollout))
+  return estimators.Traces(rollout, cache, None, returns, examples)
+
+
+@functools.cache
+def cutter(eos_id: int, method: str, options: tuple):
+  one = functools.partial(segmentation.segment, eos_id=eos_id, method=method, **dict(options))
+  return jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, None)))
+
+
+def cut(config: ConfigDict, engine: estimators.Estimators, traces, tables, method: str) -> estimators.Traces:
+  """The traces with segments by `method`."""
+  options = {k: v for k, v in config_lib.segmentation_options(config).items() if k != "method"}
+  rollout = traces.rollout
+  segments = cutter(engine.task.tokenizer.eos_token_id, method, tuple(options.items()))(
+    rollout.tokens, rollout.log_probs, rollout.entropy, rollout.mask, tables
+  )
+  return estimators.Traces(rollout, traces.cache, segments, traces.returns, traces.examples)
+
+
+def gradient_moments(config, engine, task, tables, key, path: pathlib.Path) -> study.Moments:
+  """Inner products of gradients over resampled rollouts of fixed prompts; read from `path` if it is there."""
+  options, size = config.study, config.rollout.group_size
+  names = list(options.gradient_estimators)
+  if path.exists():
+    with np.load(path) as file:
+      return study.Moments(names, file["same_group"], file["of_sums"], file["of_all"], int(file["groups"]))
+  methods = {spec.partition(":")[0] for spec in names} - {"grpo"}
+  add_groups = jax.jit(
+    lambda params, rollout, weights, total: gradients.add_groups(
+      params, engine.model, rollout, weights, total, temperature=config.rollout.temperature, part=options.gradient_part
+    ),
+    donate_argnums=3,
+  )
+  same_group, of_sums, of_all = [], [], 0.0
+  for prompt in tqdm(range(options.gradient_prompts), desc="gradients"):
+    batches = []
+    for first in range(0, options.gradient_groups, options.groups_at_once):
+      batch_key = jax.random.fold_in(jax.random.fold_in(key, prompt), first)
+      traces = sample_traces(config, engine, [task[prompt]] * (options.groups_at_once * size), batch_key)
+      traces = cut(config, engine, traces, tables, config.segmentation.method)
+      credit_key = jax.random.fold_in(batch_key, 1)
+      batches.append((traces, {name: engine.credit(name, traces, credit_key) for name in sorted(methods)}))
+    products, total = study.prompt_moments(engine, names, batches, part=options.gradient_part, add_groups=add_groups)
+    same_group.append(products)
+    of_sums.append(np.asarray(total @ total.T, np.float64))
+    of_all = of_all + total
+  moments = study.Moments(
+    names, np.stack(same_group), np.stack(of_sums), np.asarray(of_all @ of_all.T, np.float64), options.gradient_groups
+  )
+  np.savez(
+    path, same_group=moments.same_group, of_sums=moments.of_sums, of_all=moments.of_all, groups=moments.groups
+  )  # fmt: skip
+  return moments
+
+
+def step_flops(engine, traces, costs, names) -> dict[str, float]:
+  """Operations a trace of a training step with each estimator: sampling, credit, and the gradient of all parameters."""
+  generated = float(np.asarray(traces.rollout.mask).sum(axis=1).mean())
+  one = jax.tree.map(lambda x: x[:1], traces.rollout)
+
+  def loss(params):
+    return jnp.sum(gradients.scoring.trace_log_probs(params, engine.model, one, temperature=1.0)[0])
+
+  base = generated * engine.decode_flops(traces) + flops.count(jax.grad(loss), engine.params)
+  return {name: base + costs.get(name.partition(":")[0], {"flops": 0.0})["flops"] for name in names}
+
+
+def of_segmentation(config, task, traces, state_of, prompts, truth, credit_of) -> dict[str, Any]:
+  """Value quality, size and cost of one way to cut."""
+  evidence = study.evidence_of(traces, state_of, prompts, np.zeros(state_of.shape, bool))
+  estimates = {name: credit_of(name, traces) for name in config.study.segmentation_estimators}
+  segments = jax.device_get(traces.segments)
+  lengths = np.asarray(segments.lengths)[np.asarray(segments.mask)]
+  resamples = config.study.resamples
+  quality = study.value_quality(evidence, truth, estimates, resamples=resamples)
+  rewards = {name: estimate.rewards for name, estimate in estimates.items()}
+  return {
+    "segments": float(segments.num_segments.mean()),
+    "tokens_a_segment": float(lengths.mean()),
+    "merged_cuts": float(segments.num_merged.mean()),
+    "values": quality["values"]["all"],
+    "differences": quality["differences"]["all"],
+    "localisation": study.localisation(
+      ground_truth.first_wrong_segments(task, traces), traces.num_segments, prompts, rewards, resamples=resamples
+    ),
+    "cost": {name: study.cost(estimate, len(prompts)) for name, estimate in estimates.items()},
+  }
+
+
+def trace_records(task, traces, evidence, truth, estimates, blamed, count: int = 4) -> list[dict[str, Any]]:
+  """A few traces with every method's credit beside the truth's, failed ones first."""
+  rewards, values = evidence.differences(truth.values), evidence.spread(truth.values)
+  rows = [row for row in np.flatnonzero(evidence.mask.any(axis=1)) if blamed[row] >= 0]
+  rows += [row for row in np.flatnonzero(evidence.mask.any(axis=1)) if row not in rows]
+  records = []
+  for row in sorted(rows[: 4 * count : 4] or rows[:1]):
+    tokens, ids = np.asarray(traces.rollout.tokens[row]), np.asarray(traces.segments.segment_ids[row])
+    n = int(traces.num_segments[row])
+    records.append({
+      "prompt": traces.examples[row].question,
+      "answer": traces.examples[row].answer,
+      "return": float(traces.returns[row]),
+      "segments": [tasks.decode(task.tokenizer, tokens[ids == k].tolist()) for k in range(n)],
+      "wrong": int(blamed[row]),
+      "true_values": values[row, :n].tolist(),
+      "rewards": {"ground_truth": rewards[row, :n].tolist()}
+      | {name: estimate.rewards[row, :n].tolist() for name, estimate in estimates.items()},
+    })  # fmt: skip
+  return records
+
+
+def point(methods: dict[str, Any], measure: str | None = None) -> dict[str, float | None]:
+  return {name: (row[measure] if measure else row)[0] for name, row in methods.items()}
+
+
+def interval(methods: dict[str, Any], measure: str | None = None) -> dict[str, list]:
+  return {name: (row[measure] if measure else row)[1:] for name, row in methods.items()}
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  logging.set_verbosity(logging.WARNING)
+  app.run(main)

@@ -1,0 +1,271 @@
+"""The credit study: its statistics against what is known exactly, and the script from prompts to a page."""
+
+import functools
+import html.parser
+import json
+
+import credit_study
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from decoder_test import FAMILIES, params_of
+
+from rredcot_jax import agreement, estimators, flops, gradients, ground_truth, monte_carlo, scoring, tasks, types
+from rredcot_jax import config as config_lib
+from rredcot_jax.tasks import batching
+
+# ---- Statistics --------------------------------------------------------------------------
+
+
+def test_correlations_are_scipys_and_nothing_is_no_number():
+  rng = np.random.default_rng(0)
+  x = rng.integers(0, 5, 40).astype(float)
+  y = x + rng.normal(size=40)
+  expected = [f(x, y).statistic for f in (scipy.stats.pearsonr, scipy.stats.spearmanr, scipy.stats.kendalltau)]
+  np.testing.assert_allclose(agreement.measures(x, y)[:3], expected, atol=1e-12)
+  assert np.isnan(agreement.measures(np.ones(9), y[:9])[:3]).all()
+  assert np.isnan(agreement.measures(x[:0], y[:0])).all()
+
+
+def test_calibration_error_by_hand():
+  # Two bins of two: the first is off by 0.1 on average although both its states are off by more.
+  estimate, truth = np.array([0.1, 0.2, 0.8, 0.9]), np.array([0.4, 0.1, 0.6, 0.7])
+  assert agreement.calibration_error(estimate, truth, bins=2) == pytest.approx((0.1 + 0.2) / 2)
+  assert agreement.mean_absolute_error(estimate, truth) == pytest.approx(0.2)
+  # Equal estimates are one bin, whatever the number of bins.
+  assert agreement.calibration_error(np.zeros(6), np.array([0, 0, 0, 1, 1, 1.0])) == pytest.approx(0.5)
+
+
+def test_bootstrap_resamples_clusters_and_not_items():
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=20)
+  mean = lambda values: lambda i: np.array([values[i].mean()])
+  point, low, high = agreement.bootstrap(mean(x), np.arange(20), resamples=400)
+  # Every item ten times says nothing more, and must not narrow the interval.
+  again = agreement.bootstrap(mean(np.repeat(x, 10)), np.repeat(np.arange(20), 10), resamples=400)
+  np.testing.assert_allclose(again, (point, low, high), atol=1e-12)
+  naive = agreement.bootstrap(mean(np.repeat(x, 10)), np.arange(200), resamples=400)
+  assert (naive[2] - naive[1]) < 0.5 * (high - low)
+
+
+def test_noise_ceiling_is_what_a_perfect_estimator_reaches():
+  rng = np.random.default_rng(2)
+  true = rng.normal(size=4000)
+  noise = rng.normal(size=(64, 4000)) * 8  # The mean of all 64 has a standard deviation of 1, as the truth has.
+  samples = true + noise
+
+  def halves(generator):
+    order = generator.permutation(64)
+    return samples[order[:32]].mean(axis=0), samples[order[32:]].mean(axis=0)
+
+  found = agreement.noise_ceiling(halves, splits=5)
+  assert found["ceiling"] == pytest.approx(agreement.spearman(true, samples.mean(axis=0)), abs=0.03)
+  assert found["reliability"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_blame_shares_ties_and_ignores_padding():
+  rewards = np.array([0.1, -0.4, 0.2, -9.0])
+  assert agreement.blame(rewards, 3, 1) == 1 and agreement.blame(rewards, 3, 0) == 0
+  assert agreement.blame(np.zeros(4), 4, 2) == 0.25
+  ordered = agreement.ordered_pairs(np.array([1.0, 2.0, 2.0]), [(1, 0), (0, 1), (1, 2)])
+  np.testing.assert_array_equal(ordered, [1, 0, 0.5])
+
+
+def test_gradient_figures_recover_known_gaussians():
+  """Estimators with known means and covariances: the products of different groups leave no bias."""
+  rng = np.random.default_rng(3)
+  prompts, groups, size = 400, 32, 30
+  direction = np.zeros(size)
+  direction[0] = 1.0
+  scales, means = np.array([1.0, 3.0, 0.5]), np.stack([direction, 3 * direction, np.roll(direction, 1)])
+  draws = means + scales[:, None] * rng.normal(size=(prompts, groups, 3, size))
+  same = np.einsum("pgad,pgbd->pab", draws, draws)
+  sums = draws.sum(axis=1)
+  found = agreement.gradient_figures(
+    same, np.einsum("pad,pbd->pab", sums, sums), groups, baseline=0, reference=0
+  )  # fmt: skip
+  np.testing.assert_allclose(found["variance"], size * scales**2, rtol=0.05)
+  np.testing.assert_allclose(found["own"], [size, size, size / 4], rtol=0.2)
+  # Three times the scale is no difference; a precise mean in a direction across dJ is no signal.
+  assert found["useful_ratio"][1] == pytest.approx(1.0, rel=0.1)
+  assert not found["useful_ratio"][2] < 20
+  np.testing.assert_allclose(found["cosine_of_means"][:2], 1.0, atol=0.1)
+  np.testing.assert_allclose(found["cosine"][0], 1 / np.sqrt(1 + size), rtol=0.15)
+
+
+# ---- Gradients and operations -------------------------------------------------------------
+
+MODEL = FAMILIES["qwen3"]  # Untied: the head has a gradient of its own.
+
+
+@functools.cache
+def traces_of_groups():
+  rng = np.random.default_rng(4)
+  ids = lambda *shape: jnp.asarray(rng.integers(1, MODEL.vocab_size, shape), jnp.int32)
+  mask = jnp.asarray(np.arange(6) < np.array([6, 3, 5, 6])[:, None])
+  zeros = jnp.zeros((4, 6), jnp.float32)
+  return types.Rollout(
+    prompt_tokens=ids(4, 3), prompt_mask=jnp.ones((4, 3), bool), tokens=ids(4, 6), mask=mask, log_probs=zeros,
+    entropy=zeros, truncated=jnp.zeros(4, bool),
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("part", gradients.PARTS)
+def test_products_of_gradients_are_those_of_gradients_taken_one_by_one(part):
+  params, rollout = params_of(MODEL), traces_of_groups()
+  # Ten estimators: batched over 8 and more of them, XLA's gradients were wrong.
+  weights = jax.random.normal(jax.random.key(0), (2, 10, 2, 6))
+  grouped = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), rollout)
+  total = jnp.zeros((10, gradients.num_parameters(params, part)))
+  add = jax.jit(functools.partial(gradients.add_groups, config=MODEL, temperature=0.7, part=part))
+  total, products = add(params, rollout=grouped, advantages=weights, total=total)
+
+  @jax.jit
+  def one(rows, weights):
+    def loss(params):
+      log_probs, _ = scoring.trace_log_probs(params, MODEL, rows, temperature=0.7)
+      return jnp.sum(jnp.where(rows.mask, log_probs * weights, 0)) / 2
+
+    gradient = jax.grad(loss)(params)
+    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(gradient if part == "all" else gradient["head"])])
+
+  by_hand = np.stack([
+    [one(jax.tree.map(lambda x, g=g: x[g], grouped), weights[g, a]) for a in range(10)] for g in range(2)
+  ])  # fmt: skip
+  np.testing.assert_allclose(total, by_hand.sum(axis=0), atol=2e-5)
+  np.testing.assert_allclose(products, np.einsum("gad,gbd->ab", by_hand, by_hand), rtol=1e-4, atol=1e-4)
+
+
+def test_operations_are_xlas_without_loops_and_the_trip_count_with_them():
+  x = jnp.ones((32, 48))
+  once = lambda x: jax.nn.softmax(x @ x.T)
+  analysis = jax.jit(once).lower(x).compile().cost_analysis()
+  assert flops.count(once, x) == pytest.approx(analysis["flops"], rel=0.05)
+  square = jnp.ones((16, 16))
+  looped = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=7)[0]
+  assert flops.count(looped, square) == 7 * 2 * 16**3
+  until = lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c @ c, x)
+  assert flops.count(until, square, while_steps=3) == pytest.approx(3 * 2 * 16**3)
+  assert flops.count(jax.grad(lambda x: looped(x).sum()), square) == pytest.approx(3 * 7 * 2 * 16**3, rel=0.02)
+
+
+# ---- What is known of a trace -------------------------------------------------------------
+
+
+def traces_with(texts, examples, task, returns):
+  ids = [[*task.tokenizer.encode(text, add_special_tokens=False), task.tokenizer.eos_token_id] for text in texts]
+  tokens, mask = batching.pad(ids, 24, side="right", pad_id=task.tokenizer.pad_token_id, what="trace")
+  newline = batching.vocab_tables(task.tokenizer).newlines[tokens] > 0
+  before = np.cumsum(newline, axis=1) - newline
+  ends = np.stack([
+    [m.sum() if k >= n.sum() else np.flatnonzero(n)[k] + 1 for k in range(5)] for n, m in zip(newline, mask)
+  ])  # fmt: skip
+  segments = types.Segments(
+    ends=ends.astype(np.int32), segment_ids=np.where(mask, before, -1).astype(np.int32),
+    num_segments=(newline.sum(axis=1) + 1).astype(np.int32), num_merged=np.zeros(len(texts), np.int32),
+  )  # fmt: skip
+  zeros = np.zeros(tokens.shape, np.float32)
+  rollout = types.Rollout(tokens[:, :1], mask[:, :1], tokens, mask, zeros, zeros, np.zeros(len(texts), bool))
+  return estimators.Traces(rollout, None, segments, np.array(returns, np.float32), examples)
+
+
+def test_wrong_steps_stated_answers_and_shared_states():
+  task = tasks.make_task("chain", split="eval", num_steps=2)
+  from rredcot_jax.tasks.chain import make_example
+
+  example = make_example(3, ["+4", "*7"])  # 3+4=7, 7*7=9.
+  texts = ["3+4=7\n7*7=9\n</think>9", "3+4=7\n7*7=8\n</think>8", "3+4=6\n6*7=2\n</think>2", "3+4=7\n</think>9"]
+  traces = traces_with(texts, [example] * 4, task, [1, 0, 0, 1])
+  np.testing.assert_array_equal(ground_truth.first_wrong_segments(task, traces), [-1, 1, 0, -1])
+  stated = ground_truth.answer_stated(task, traces)
+  np.testing.assert_array_equal(stated[:2, :3], [[False, False, True]] * 2)
+  states = ground_truth.States()
+  of = states.of_segments(traces, [0, 0, 0, 1], range(4))
+  # Both first traces share two states, the third the prompt; the last has another prompt.
+  np.testing.assert_array_equal(of[:, :3], [[0, 1, 2], [0, 1, 3], [0, 4, 5], [6, 7, -1]])
+
+
+# ---- The script --------------------------------------------------------------------------
+
+
+def tiny(prompts=2):
+  config = config_lib.default_config()
+  config_lib.add_study(config)
+  config.task.options.num_steps = 2
+  config.model.update(width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16)
+  config.rollout.update(group_size=4, max_prompt_tokens=8, max_tokens=12)
+  config.segmentation.update(method="uniform", k_max=3)
+  config.study.update(
+    num_prompts=prompts, truth_traces=2, truth_samples=4, samples_per_round=2, rows_at_once=4, slots=4,
+    monte_carlo_samples=2, methods=("rredcot_suffix", "monte_carlo", "leave_one_out", "grpo", "random"),
+    segmentations=("entropy",), segmentation_prompts=2, segmentation_traces=1,
+    segmentation_estimators=("rredcot_suffix",), gradient_prompts=2, gradient_groups=2, groups_at_once=2,
+    gradient_estimators=("grpo", "rredcot_suffix:difference", "monte_carlo:difference"), resamples=5,
+  )  # fmt: skip
+  return config
+
+
+class Tags(html.parser.HTMLParser):
+  def __init__(self, text):
+    super().__init__()
+    self.found = []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attributes):
+    self.found.append((tag, dict(attributes)))
+
+
+def test_the_study_runs_resumes_and_writes_what_it_promises(tmp_path, monkeypatch):
+  calls = []
+  original = monte_carlo.values_by_generation
+
+  def counting(*args, **options):
+    calls.append(options["k"])
+    return original(*args, **options)
+
+  monkeypatch.setattr(monte_carlo, "values_by_generation", counting)
+  config = tiny()
+  credit_study.validate(config)
+  headline = credit_study.run(config, tmp_path, "<script>alert(1)</script>")
+  json.dumps(headline, allow_nan=False)
+  result = json.loads((tmp_path / "study.json").read_text())
+  for name in ("spearman_difference", "error_localisation", "gradient_variance_over_grpo"):
+    assert isinstance(result[name], dict) and set(result[name]) == set(result[f"{name}_interval"])
+  assert set(result["spearman_difference"]) == set(config.study.methods)
+  assert set(result["gradient_variance_over_grpo"]) == set(config.study.gradient_estimators)
+  assert result["cost"]["monte_carlo"]["generated_tokens"] > 0 == result["cost"]["rredcot_suffix"]["generated_tokens"]
+  assert (tmp_path / "figures" / "summary.png").stat().st_size > 10_000
+  page = Tags((tmp_path / "study.html").read_text())
+  assert not any(tag == "script" for tag, _ in page.found)
+  assert all(a["src"].startswith("data:") for tag, a in page.found if tag == "img")
+
+  # Again: truth and gradients are read, only the Monte Carlo estimator generates, and nothing changes but the clock.
+  truth_calls = len(list((tmp_path / "truth").iterdir()))
+  first, _ = len(calls), calls.clear()
+  (tmp_path / "truth" / sorted(p.name for p in (tmp_path / "truth").iterdir())[0]).unlink()
+  again = credit_study.run(config, tmp_path, "again")
+  assert len(calls) < first - truth_calls + 2 and calls.count(config.study.samples_per_round) >= 1
+  assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in headline.items() if k != "seconds"}
+
+
+def test_files_of_other_states_are_refused_and_bad_options_named(tmp_path):
+  layout = np.array([[0, 0, 3]])
+  values = monte_carlo.MonteCarloValues(
+    np.zeros((1, 2, 4), np.float32), np.zeros(1, np.float32), np.array([2]), 1, 1, 1, 0.0, 0.0
+  )
+  path = tmp_path / "states.npz"
+  ground_truth._write(path, layout, values)
+  read = ground_truth._read(path, layout)
+  assert read.num_samples == 4 and read.generated_tokens == 1
+  with pytest.raises(ValueError, match=r"states\.npz holds the values of other states"):
+    ground_truth._read(path, layout + 1)
+  config = tiny()
+  config.study.methods = ("rredcot_sufix",)
+  with pytest.raises(ValueError, match="did you mean 'rredcot_suffix'"):
+    credit_study.validate(config)
+  config = tiny()
+  config.study.rows_at_once = 6
+  with pytest.raises(ValueError, match="rows_at_once=6"):
+    credit_study.validate(config)
