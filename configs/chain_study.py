@@ -30,6 +30,7 @@ def get_config(arg: str = "full") -> ConfigDict:
   study.truth_traces = 4
   study.rows_at_once = 32
   study.integration_steps = 32
+  study.resamples = 300
   study.methods = (*estimators.SCORED, "monte_carlo", *attribution.ATTRIBUTIONS, "grpo", "random")
   study.segmentations = ("stride", "uniform", "entropy", "probability", "sentence", "hybrid", "whole")
   study.segmentation_prompts = 8

@@ -4,10 +4,9 @@
     python experiments/credit_study.py --config configs/smollm2_study.py --workdir runs/smollm2-study
     python experiments/credit_study.py --config configs/smollm2_study.py:accelerator --workdir runs/smollm2-study-256
 
-`cpu` (the default) takes 64 rollouts a state of 2 traces of each of 8 groups; `accelerator` 256 rollouts of every
-trace of 32 groups, and has not been run. Questions and model are those of configs/demo_llm.py; on the CPU, variances
-are those of the gradient of the output head alone, since gradients of all 135 M parameters are too dear to take by the
-hundred.
+`cpu` (the default) takes 64 rollouts a state of 2 traces of each of 4 groups of 4, leaves integrated gradients and the
+gradient's variance out, and is a look rather than a measurement. `accelerator` takes 256 rollouts of every trace of 32
+groups of 8 and has all of it; it has not been run. Questions and model are those of configs/demo_llm.py.
 """
 
 from ml_collections import ConfigDict
@@ -30,61 +29,48 @@ def get_config(arg: str = "cpu") -> ConfigDict:
   config.task.options.templates = TEMPLATES
   config.task.options.tokenizer_dir = "runs/demo-llm/base"
   config.task.options.chat = False
-  config.rollout.group_size = 8
+  config.rollout.group_size = 4
   config.rollout.max_prompt_tokens = 72
   config.rollout.max_tokens = 60
   config.segmentation.method = "newline"
   config.segmentation.k_max = 6
   config.credit.chunk_size = 2  # Branches run at once: logits over 49152 words are large.
   study = config.study
-  study.num_prompts = 8
+  study.num_prompts = 4
   study.truth_traces = 2
   study.truth_samples = 64
-  study.samples_per_round = 32
+  study.samples_per_round = 16
   study.rows_at_once = 8
   study.slots = 16
-  study.integration_steps = 16
   study.methods = (
     "rredcot_answer",
     "rredcot_answer_forced",
-    "rredcot_solution",
     "rredcot_suffix",
     "rredcot_rollouts",
-    "rredcot_rollouts_self_normalised",
     "monte_carlo",
     "leave_one_out",
     "gradient_x_input",
-    "integrated_gradients",
     "attention",
     "attention_rollout",
     "grpo",
     "random",
   )
   study.segmentations = ("sentence", "entropy")
-  study.segmentation_prompts = 4
+  study.segmentation_prompts = 2
   study.segmentation_traces = 1
-  study.segmentation_estimators = ("rredcot_answer_forced", "leave_one_out")
-  study.gradient_prompts = 2
-  study.gradient_groups = 12
-  study.groups_at_once = 1
-  study.gradient_part = "head"
-  study.gradient_reference = "grpo:unscaled"
-  study.gradient_estimators = (
-    "grpo",
-    "grpo:unscaled",
-    "rredcot_answer_forced:difference",
-    "rredcot_answer_forced:signed",
-    "rredcot_rollouts:difference",
-    "leave_one_out:difference",
-    "attention:magnitude",
-    "random:magnitude",
-  )
+  study.segmentation_estimators = ("rredcot_answer_forced",)
+  study.gradient_prompts = 0
   if where == "accelerator":
+    config.rollout.group_size = 8
+    config.credit.chunk_size = 0
     config.study.update(
       num_prompts=32, truth_traces=8, truth_samples=256, samples_per_round=64, rows_at_once=32, slots=64,
+      methods=(*study.methods, "rredcot_solution", "rredcot_rollouts_self_normalised", "integrated_gradients"),
       segmentation_prompts=16, segmentation_traces=4, gradient_prompts=8, gradient_groups=64, groups_at_once=4,
-      gradient_part="all", gradient_reference="monte_carlo:difference",
-      gradient_estimators=(*study.gradient_estimators, "monte_carlo:difference"),
+      gradient_estimators=(
+        "grpo", "grpo:unscaled", "rredcot_answer_forced:difference", "rredcot_answer_forced:signed",
+        "rredcot_rollouts:difference", "monte_carlo:difference", "leave_one_out:difference", "attention:magnitude",
+        "random:magnitude",
+      ),
     )  # fmt: skip
-    config.credit.chunk_size = 0
   return config

@@ -118,16 +118,6 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
     ),
   }  # fmt: skip
 
-  # ---- d. Gradient variance ----------------------------------------------------------------
-  costs = {name: study.cost(estimate, len(prompts)) for name, estimate in estimates.items()}
-  variance = None
-  if options.gradient_prompts:
-    moments = gradient_moments(config, engine, task, tables, keys[_GRADIENTS], workdir / "gradients.npz")
-    variance = study.gradient_variance(
-      moments, reference=options.gradient_reference, step_flops=step_flops(engine, traces, costs, moments.names),
-      resamples=resamples,
-    )  # fmt: skip
-
   # ---- e. Segmentation ---------------------------------------------------------------------
   main_few = traces.rows(np.arange(few))
   cuts = {
@@ -139,16 +129,18 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
     for name, (other, places) in tqdm(cuts.items(), desc="segmentations")
   }
 
-  # ---- f. Cost, and everything written -----------------------------------------------------
+  # ---- f. Cost ---------------------------------------------------------------------------
+  costs = {name: study.cost(estimate, len(prompts)) for name, estimate in estimates.items()}
+
+  # ---- Everything so far -------------------------------------------------------------------
+  located = localisation["first wrong step" if known else "largest drop of the truth"]
   result = {
     "spearman_difference": point(quality["differences"]["all"]["methods"], "spearman"),
-    "error_localisation": point(localisation["first wrong step" if known else "largest drop of the truth"]["methods"]),
-    "gradient_variance_over_grpo": point(variance["fixed prompts"], "useful_ratio") if variance else {},
+    "error_localisation": point(located["methods"]),
+    "gradient_variance_over_grpo": {},
     "spearman_difference_interval": interval(quality["differences"]["all"]["methods"], "spearman"),
-    "error_localisation_interval": interval(
-      localisation["first wrong step" if known else "largest drop of the truth"]["methods"]
-    ),
-    "gradient_variance_over_grpo_interval": interval(variance["fixed prompts"], "useful_ratio") if variance else {},
+    "error_localisation_interval": interval(located["methods"]),
+    "gradient_variance_over_grpo_interval": {},
     "error_localisation_is": "first wrong step" if known else "largest drop of the truth",
     "command": command,
     "traces": len(prompts),
@@ -156,28 +148,50 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
     "accuracy": float(traces.returns.mean()),
     "states": len(states.rows),
     "truth": {
-      "samples": options.truth_samples, "generated_tokens": truth.generated_tokens, "seconds": truth.seconds,
+      "samples": options.truth_samples,
+      "generated_tokens": truth.generated_tokens,
+      "seconds": truth.seconds,
       "standard_error": float(truth.standard_errors.mean()),
     },
     "value_quality": quality,
     "calibration": {
       name: study.calibration_curve(evidence, evidence.spread(truth.values), e.values)
-      for name, e in estimates.items() if e.values is not None
+      for name, e in estimates.items()
+      if e.values is not None
     },
     "ranking": ranking,
     "localisation": localisation,
-    "gradient_variance": variance,
+    "gradient_variance": None,
     "segmentation": segmentations,
     "cost": costs,
-  }  # fmt: skip
-  records = trace_records(task, traces, evidence, truth, estimates, wrong if known else drops)
-  result["records"] = records
-  study_report.write(workdir, result, records, title=f"Credit study: {task.name}", config=config.to_json_best_effort())
+    "records": trace_records(task, traces, evidence, truth, estimates, wrong if known else drops),
+  }
+  title = f"Credit study: {task.name}"
+  write = functools.partial(study_report.write, workdir, title=title, config=config.to_json_best_effort())
+  write(result)
+
+  # ---- d. Gradient variance ----------------------------------------------------------------
+  if options.gradient_prompts:
+    moments = gradient_moments(config, engine, task, tables, keys[_GRADIENTS], workdir / "gradients.npz")
+    variance = study.gradient_variance(
+      moments,
+      reference=options.gradient_reference,
+      step_flops=step_flops(engine, traces, costs, moments.names),
+      resamples=resamples,
+    )
+    result |= {
+      "gradient_variance": variance,
+      "gradient_variance_over_grpo": point(variance["fixed prompts"], "useful_ratio"),
+      "gradient_variance_over_grpo_interval": interval(variance["fixed prompts"], "useful_ratio"),
+    }
+    write(result)
   return {
     **{name: result[name] for name in ("spearman_difference", "error_localisation", "gradient_variance_over_grpo")},
-    "noise_ceiling": quality["differences"]["all"]["ceiling"], "error_localisation_is": result["error_localisation_is"],
-    "workdir": str(workdir), "seconds": round(time.perf_counter() - began, 1),
-  }  # fmt: skip
+    "noise_ceiling": quality["differences"]["all"]["ceiling"],
+    "error_localisation_is": result["error_localisation_is"],
+    "workdir": str(workdir),
+    "seconds": round(time.perf_counter() - began, 1),
+  }
 
 
 def validate(config: ConfigDict) -> None:

@@ -33,15 +33,12 @@ _LINES = (  # Drawn over position, if they were run.
 _GUIDE = "#9a9aa2"
 
 
-def write(
-  workdir: pathlib.Path, result: Mapping[str, Any], traces: Sequence[Mapping], *, title: str, config: str
-) -> None:
+def write(workdir: pathlib.Path, result: Mapping[str, Any], *, title: str, config: str) -> None:
   """Writes study.json, figures/*.png and study.html into `workdir`.
 
   Args:
     workdir: made if it is not there.
     result: what experiments/credit_study.py puts together, of JSON values.
-    traces: a few with every method's rewards, as it describes them.
     title: of the page.
     config: the configuration as text.
   """
@@ -65,9 +62,9 @@ def write(
     if figure is not None:
       parts.append(f"<h2>{name.capitalize()}</h2>{_save(figure, workdir / 'figures' / f'{name}.png', caption)}")
   parts += _tables(result)
-  if traces:
+  if result["records"]:
     parts.append("<h2>Credit on traces</h2>")
-    for i, trace in enumerate(traces):
+    for i, trace in enumerate(result["records"]):
       path = workdir / "figures" / f"trace_{i}.png"
       parts.append(_save(trace_figure(trace), path, "Each method's rewards, tinted by its own largest."))
   parts.append(
@@ -85,34 +82,31 @@ def summary_figure(result: Mapping[str, Any]) -> "Figure":
 
   names = list(result["spearman_difference"])
   with report.style():
-    figure = Figure(figsize=(9, 7.4), layout="constrained")
-    (a, b), (c, d) = figure.subplots(2, 2)
+    figure = Figure(figsize=(9, 7.6), layout="constrained")
+    # Subfigures, so that the long labels of one panel do not narrow another.
+    a, b, c, d = (one.subplots() for one in figure.subfigures(2, 2).flat)
     differences = result["value_quality"]["differences"]["all"]
     _bars(a, names, {n: differences["methods"].get(n, {}).get("spearman") for n in names})
     ceiling = (differences["ceiling"] or {}).get("ceiling")
     if ceiling:
       a.axvline(ceiling, color=_GUIDE, linestyle="--", linewidth=1)
-      a.text(ceiling, -0.8, "noise ceiling ", ha="right", va="bottom", color="#5c5c66", fontsize=7)
-    a.set(title="(a) Agreement of redistributed rewards with the truth", xlabel="Spearman's rank correlation")
+      a.text(ceiling, len(names) - 0.6, "noise ceiling ", ha="right", color="#5c5c66", fontsize=7)
+    a.set(title="(a) Agreement of rewards with the truth", xlabel="Spearman's rank correlation")
     _by_position(b, result)
-    located = result["localisation"][result["error_localisation_is"]]
+    what = result["error_localisation_is"]
+    located = result["localisation"][what]
     _bars(c, list(located["methods"]), {n: _percent(x) for n, x in located["methods"].items()})
     if located["chance"]:
       c.axvline(100 * located["chance"][0], color=_GUIDE, linestyle="--", linewidth=1)
-    what = result["error_localisation_is"]
-    c.set(
-      title=f"(c) Most negative reward on the {what}", xlabel=f"% of {located['traces']} failed traces", xlim=(0, 100)
-    )
+    c.set(title=f"(c) Lowest reward on the {what}", xlabel=f"% of {located['traces']} failed traces", xlim=(0, 100))
     variance = result["gradient_variance"]
     if variance:
       rows = variance["fixed prompts"]
       _bars(d, list(rows), {n: row["useful_ratio"] for n, row in rows.items()}, log=True)
       d.axvline(1, color=_GUIDE, linestyle="--", linewidth=1)
-      d.set(
-        title="(d) Gradient variance per signal, at equal rollouts", xlabel="over GRPO's (log scale; less is better)"
-      )
+      d.set(title="(d) Gradient variance per signal", xlabel="over GRPO's, at equal rollouts (log scale)")
     else:
-      d.set_visible(False)
+      d.set_axis_off()
   return figure
 
 
@@ -127,7 +121,7 @@ def _color(name: str) -> str:
 def label(name: str) -> str:
   """A method's name as figures print it."""
   text = name.removeprefix("rredcot_").replace("_", " ").replace(":", ", ")
-  text = text.replace("grpo", "GRPO").replace("monte carlo", "Monte Carlo (k = 9)")
+  text = text.replace("grpo", "GRPO").replace("monte carlo", "Monte Carlo")
   return f"RREDCoT: {text}" if name.startswith("rredcot") else text
 
 
@@ -149,7 +143,8 @@ def _bars(ax: "Axes", names: Sequence[str], figures: Mapping[str, Any], *, log: 
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
   ax.set_yticks(places, [label(name) for name in names], fontsize=7)
@@ -175,12 +170,10 @@ def _by_position(ax: "Axes", result: Mapping[str, Any]) -> None:
   if ceilings:
     ax.plot(*zip(*ceilings), color=_GUIDE, linestyle="--", linewidth=1, label="noise ceiling")
   ax.axhline(0, color=_GUIDE, linewidth=0.7)
-  ax.set(
-    title="(b) The same, by position in the trace", xlabel="where the segment begins, share of the trace", xlim=(0, 1)
-  )
+  ax.set(title="(b) The same, by position", xlabel="where the segment begins, share of the trace", xlim=(0, 1))
   ax.set(ylabel="Spearman's rank correlation", ylim=(-1.02, 1.02))
   if len(ax.lines) > 1:
-    ax.legend(fontsize=6, ncols=2, frameon=False, loc="lower left")
+    ax.figure.legend(fontsize=6.5, ncols=3, frameon=False, loc="outside lower center")
 
 
 def calibration_figure(result: Mapping[str, Any]) -> "Figure | None":
@@ -202,7 +195,7 @@ def calibration_figure(result: Mapping[str, Any]) -> "Figure | None":
       ax.plot([0, 1], [0, 1], color=_GUIDE, linewidth=0.8, linestyle="--")
       ax.plot(x, y, color=_color(name), marker="o", markersize=3.5, linewidth=1.2)
       ax.set(xlim=(-0.03, max(1.03, 1.05 * x.max())), ylim=(-0.03, 1.03))
-      ax.set_title(label(name), fontsize=7.5)
+      ax.set_title(label(name), fontsize=7, fontweight="normal")
       ax.set_xlabel("estimated value", fontsize=7.5)
       if i % columns == 0:
         ax.set_ylabel("true value")
