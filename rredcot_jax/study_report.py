@@ -84,7 +84,8 @@ def summary_figure(result: Mapping[str, Any]) -> "Figure":
   with report.style():
     figure = Figure(figsize=(9, 7.6), layout="constrained")
     # Subfigures, so that the long labels of one panel do not narrow another.
-    a, b, c, d = (one.subplots() for one in np.ravel(figure.subfigures(2, 2)))
+    panels: Any = figure.subfigures(2, 2)
+    a, b, c, d = (one.subplots() for one in panels.flat)
     differences = result["value_quality"]["differences"]["all"]
     _bars(a, names, {n: differences["methods"].get(n, {}).get("spearman") for n in names})
     ceiling = (differences["ceiling"] or {}).get("ceiling")
