@@ -11,7 +11,6 @@ it goes on where it stopped. The last line is one JSON object with every figure.
 
 import json
 import pathlib
-import statistics
 import time
 from typing import Any
 
@@ -20,16 +19,13 @@ import train
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from rredcot_jax import comparison, metrics, report
 from rredcot_jax import config as config_lib
-from rredcot_jax import metrics, report
 
 GRPO = config_flags.DEFINE_config_file("grpo", "configs/demo.py:grpo", "The baseline.", lock_config=True)
 RREDCOT = config_flags.DEFINE_config_file("rredcot", "configs/demo.py:rredcot", "The method.", lock_config=True)
 WORKDIR = flags.DEFINE_string("demo_dir", "runs/demo", "Where both runs and the report are written.")
 SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds run: 0 to seeds - 1.", lower_bound=1)
-
-# Steps left out of the time per step: they hold the compilations.
-_WARM_UP = 3
 
 
 def main(_: Any) -> None:
@@ -48,7 +44,7 @@ def main(_: Any) -> None:
       train.run(config, workdir)
       runs[name].append(workdir)
 
-  results = {name: [read_run(path) for path in paths] for name, paths in runs.items()}
+  results = {name: [comparison.read_run(path) for path in paths] for name, paths in runs.items()}
   figures = compare(results["GRPO"], results["RREDCoT"])
   table = [row(name, results[name], figures) for name in runs]
   report.write_report(
@@ -70,57 +66,31 @@ def main(_: Any) -> None:
   print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
 
 
-def read_run(workdir: pathlib.Path) -> dict[str, Any]:
-  """The figures of one run, from its metrics."""
-  lines = report.read_metrics(workdir / "metrics.jsonl")
-  evaluations = [line for line in lines if "eval/pass@1" in line]
-  steps = [line for line in lines if "train/step_seconds" in line][_WARM_UP:]
-  return {
-    "tokens": [line["train/rollout_tokens"] for line in evaluations],
-    "accuracy": [line["eval/pass@1"] for line in evaluations],
-    "error": [line["eval/pass@1_se"] for line in evaluations],
-    "step_seconds": statistics.median(line["train/step_seconds"] for line in steps),
-    "credit_seconds": statistics.median(line["train/credit_seconds"] for line in steps),
-  }
-
-
-def tokens_to_reach(run: dict[str, Any], accuracy: float) -> float | None:
-  """Rollout tokens at which the run's evaluations first reach `accuracy`, linear in between; None if never."""
-  for i, reached in enumerate(run["accuracy"]):
-    if reached >= accuracy:
-      if i == 0:
-        return run["tokens"][0]
-      low, high = run["accuracy"][i - 1], reached
-      share = (accuracy - low) / (high - low)
-      return run["tokens"][i - 1] + share * (run["tokens"][i] - run["tokens"][i - 1])
-  return None
-
-
-def compare(grpo: list[dict], rredcot: list[dict]) -> dict[str, Any]:
+def compare(grpo: list[comparison.Run], rredcot: list[comparison.Run]) -> dict[str, Any]:
   """Every figure of the comparison, a list entry for each seed."""
   ratios = []
   for base, ours in zip(grpo, rredcot, strict=True):
     # An accuracy that GRPO had before its first token is none that it reached.
-    learnt = base["accuracy"][-1] > base["accuracy"][0]
-    needed = tokens_to_reach(ours, base["accuracy"][-1]) if learnt else None
-    ratios.append(None if needed is None else round(needed / base["tokens"][-1], 4))
+    learnt = base.accuracy[-1] > base.accuracy[0]
+    needed = comparison.spent_to_reach(ours.tokens, ours.accuracy, base.accuracy[-1]) if learnt else None
+    ratios.append(None if needed is None else round(needed / base.tokens[-1], 4))
   return {
-    "accuracy_before": [round(run["accuracy"][0], 4) for run in grpo],
-    "accuracy_grpo": [round(run["accuracy"][-1], 4) for run in grpo],
-    "accuracy_rredcot": [round(run["accuracy"][-1], 4) for run in rredcot],
-    "standard_error_rredcot": [round(run["error"][-1], 4) for run in rredcot],
+    "accuracy_before": [round(run.accuracy[0], 4) for run in grpo],
+    "accuracy_grpo": [round(run.accuracy[-1], 4) for run in grpo],
+    "accuracy_rredcot": [round(run.accuracy[-1], 4) for run in rredcot],
+    "standard_error_rredcot": [round(run.error[-1], 4) for run in rredcot],
     "tokens_to_grpo_accuracy_over_grpo": ratios,
     "step_seconds_over_grpo": [
-      round(ours["step_seconds"] / base["step_seconds"], 3) for base, ours in zip(grpo, rredcot, strict=True)
+      round(ours.step_seconds / base.step_seconds, 3) for base, ours in zip(grpo, rredcot, strict=True)
     ],
   }
 
 
-def row(name: str, runs: list[dict], figures: dict[str, Any]) -> dict[str, str]:
+def row(name: str, runs: list[comparison.Run], figures: dict[str, Any]) -> dict[str, str]:
   """One line of the closing table: means and standard errors, over seeds or, with one seed, over held-out prompts."""
 
   def mean(place: int) -> str:
-    value, error = metrics.mean_and_error(np.array([run["accuracy"][place] for run in runs]))
+    value, error = metrics.mean_and_error(np.array([run.accuracy[place] for run in runs]))
     return f"{100 * value:.1f}% ± {100 * (error if len(runs) > 1 else runs[0]['error'][place]):.1f}"
 
   overhead = "1.00 (baseline)" if name == "GRPO" else f"{np.mean(figures['step_seconds_over_grpo']):.2f}"

@@ -272,7 +272,14 @@ def _verdict(trace: Mapping) -> str:
 # ------------------------------------------------------------------------------------------ the HTML file
 
 
-def write_report(runs: Mapping[str, Path], path: Path, *, title: str, summary: Sequence[Mapping] | None = None) -> None:
+def write_report(
+  runs: Mapping[str, Path],
+  path: Path,
+  *,
+  title: str,
+  summary: Sequence[Mapping] | None = None,
+  figures: Sequence[tuple[str, "Figure"]] = (),
+) -> None:
   """Writes one self-contained HTML file about `runs` (name -> work directory) to `path`, atomically.
 
   Args:
@@ -280,6 +287,7 @@ def write_report(runs: Mapping[str, Path], path: Path, *, title: str, summary: S
     path: replaced in one step, so that a reader never sees half a report; folders are made.
     title: the page's heading.
     summary: rows of a table, columns in the order in which keys first appear.
+    figures: captions and figures shown below it.
 
   Raises FileNotFoundError or ValueError, naming the file, where a run has no metrics, a broken config.json or
   a trace whose fields disagree.
@@ -288,6 +296,9 @@ def write_report(runs: Mapping[str, Path], path: Path, *, title: str, summary: S
   parts = [f"<h1>{text_html(title)}</h1>"]
   if summary:
     parts.append(f"<h2>Summary</h2>{table_html(summary)}")
+  parts += [
+    f"<figure>{_svg(figure)}<figcaption>{text_html(caption)}</figcaption></figure>" for caption, figure in figures
+  ]
   parts.append(f"<h2>Training</h2>{_training_html(metrics)}<h2>Credit on traces</h2>")
   parts += [_traces_html(name, Path(run) / "traces.jsonl") for name, run in runs.items()]
   parts.append("<h2>Configuration</h2>")
