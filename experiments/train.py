@@ -49,6 +49,7 @@ RESUME = flags.DEFINE_bool("resume", True, "Resume the run that the work directo
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the other processes of this run by itself, on a TPU pod.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where they are not found.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes this run has.", lower_bound=1)
+STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Exit status of a run that was told to stop, and saved.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
 
 
@@ -65,7 +66,8 @@ def main(_: Any) -> None:
     finished = run(config, workdir, notice=notice)
   if not finished:
     say(f"told to stop ({notice.reason or 'another process was'}): saved. Resume with\n  {command}")
-  elif distributed.is_main():
+    sys.exit(STOPPED_STATUS.value)
+  if distributed.is_main():
     report.write_report({workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None)
     print(f"report: {workdir / 'report.html'}")
 

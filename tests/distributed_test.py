@@ -1,7 +1,6 @@
 """Two processes of two devices equal one of four, also across a kill, a SIGTERM and another process count."""
 
 import http.server
-import json
 import os
 import pathlib
 import signal
@@ -48,8 +47,9 @@ def run_processes(workdir, fates, **axes):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-  script = ROOT / "tests" / "process_run.py"
-  command = [sys.executable, str(script), str(workdir), json.dumps(axes), coordinator, str(len(fates))]
+  script = str(ROOT / "tests" / "process_run.py")
+  flags = ["--config", script, "--workdir", str(workdir), "--coordinator", coordinator, f"--num_processes={len(fates)}"]
+  flags += [f"--config.mesh.{name}={size}" for name, size in axes.items()]
   environment = os.environ | {
     "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=2"),
     "PYTHONPATH": f"{ROOT}:{ROOT / 'experiments'}",
@@ -59,7 +59,12 @@ def run_processes(workdir, fates, **axes):
   }
   outputs = [tempfile.TemporaryFile("w+") for _ in fates]
   processes = [
-    subprocess.Popen([*command, str(index), *fate], env=environment, stdout=output, stderr=subprocess.STDOUT)
+    subprocess.Popen(
+      [sys.executable, script, *fate, *flags, f"--process_id={index}"],
+      env=environment,
+      stdout=output,
+      stderr=subprocess.STDOUT,
+    )
     for index, (fate, output) in enumerate(zip(fates, outputs))
   ]
   ended: dict[int, float] = {}
@@ -95,7 +100,7 @@ def test_two_processes_equal_one_across_a_kill_a_sigterm_and_other_layouts(tmp_p
   assert saved_steps(workdir) == [1]
 
   # Two processes of two devices go on, parameters split over both; one is killed in step 4, after step 2 was saved.
-  ends = run_processes(workdir, [(), ("KILL", "3")], data=1, fsdp=4)
+  ends = run_processes(workdir, [("-", "-"), ("KILL", "3")], data=1, fsdp=4)
   assert ends[1][0] == -signal.SIGKILL, ends[1][1][-3000:]
   status, text, seconds = ends[0]
   assert status == distributed.LOST and "another process of the run was lost" in text, text[-3000:]
@@ -103,11 +108,11 @@ def test_two_processes_equal_one_across_a_kill_a_sigterm_and_other_layouts(tmp_p
   assert seconds < 3 * process_run.HEARTBEAT_SECONDS
 
   # Both again, heads split over both so that both hold every row, until one gets SIGTERM: both save and end well.
-  ends = run_processes(workdir, [(), ("TERM", "2")], data=1, tensor=4)
-  for status, text, _ in ends:
-    assert status == 0 and "told to stop" in text, text[-3000:]
-  assert "resumed from step 2" in ends[0][1] and "resumed from" not in ends[1][1]  # Process 0 alone speaks.
-  assert "'SIGTERM'" in ends[1][1] and "''" in ends[0][1]
+  ends = run_processes(workdir, [("-", "-"), ("TERM", "2")], data=1, tensor=4)
+  assert [status for status, _, _ in ends] == [0, 0], ends
+  assert "resumed from step 2" in ends[0][1] and "told to stop (another process was): saved. Resume with" in ends[0][1]
+  assert f"--workdir {workdir}" in ends[0][1].splitlines()[-1]  # The command that resumes it.
+  assert "resumed from" not in ends[1][1] and "told to stop" not in ends[1][1]  # Process 0 alone speaks.
   assert saved_steps(workdir)[-1] == 3
 
   # One process of four devices brings it to its end.
