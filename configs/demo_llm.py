@@ -22,8 +22,8 @@ TEMPLATES = (10, 16, 43, 72)
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
-  """Options: method (rredcot, grpo), bank (answer, solution, suffix, rollouts)."""
-  banks = ("answer", *(bank for bank in completions.BANKS if bank != "answer"))
+  """Options: method (rredcot, grpo), bank (suffix, answer, solution, rollouts)."""
+  banks = ("suffix", *(bank for bank in completions.BANKS if bank != "suffix"))
   options = options_of(arg, {"method": ("rredcot", "grpo"), "bank": banks})
   config = default_config()
   set_model(config, "SmolLM2-135M")
@@ -34,21 +34,21 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.task.options.templates = TEMPLATES
   config.task.options.tokenizer_dir = "runs/demo-llm/base"
   config.task.options.chat = False  # The template's system message would double the prompt.
-  config.num_steps = 30
-  config.rollout.prompts_per_step = 2
+  config.num_steps = 25
+  config.rollout.prompts_per_step = 4
   config.rollout.group_size = 8
   config.rollout.max_prompt_tokens = 72
-  config.rollout.max_tokens = 60
+  config.rollout.max_tokens = 50  # References have at most 47.
   config.segmentation.method = "newline"
-  config.segmentation.k_max = 6
-  config.optimizer.learning_rate = 5e-5
+  config.segmentation.k_max = 4
+  config.optimizer.learning_rate = 1e-5
   if options["method"] == "rredcot":
-    config.credit.mode = "signed"
+    config.credit.mode = "difference"
     config.credit.bank = options["bank"]
-    # No solution that is imitated leaves the thought early, so leaving is not scored, only the answer after it.
-    config.credit.force_exit = True
-    config.credit.max_completion_tokens = 12 if options["bank"] == "answer" else 60
-  config.evaluation.every = 15
+    # No solution that is imitated leaves the thought early: what the answer's bank scores is an answer after leaving.
+    config.credit.force_exit = options["bank"] == "answer"
+    config.credit.max_completion_tokens = 12 if options["bank"] == "answer" else 50
+  config.evaluation.every = 25
   config.evaluation.num_prompts = 128
   config.evaluation.samples = 2
   config.evaluation.rows = 64

@@ -29,11 +29,11 @@ from rredcot_jax import completions
 from rredcot_jax.config import default_config, options_of, set_model
 
 METHODS = ("rredcot", "grpo")
-BANKS = ("answer", *(bank for bank in completions.BANKS if bank != "answer"))
+BANKS = ("suffix", *(bank for bank in completions.BANKS if bank != "suffix"))
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
-  """Options: method (rredcot, grpo), bank (answer, solution, suffix, rollouts)."""
+  """Options: method (rredcot, grpo), bank (suffix, answer, solution, rollouts)."""
   options = options_of(arg, {"method": METHODS, "bank": BANKS})
   config = default_config()
   set_model(config, "SmolLM2-135M")
@@ -53,11 +53,11 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.optimizer.learning_rate = 1e-5
   config.optimizer.warmup_steps = 20
   if options["method"] == "rredcot":
-    config.credit.mode = "signed"
+    config.credit.mode = "difference"
     config.credit.bank = options["bank"]
     config.credit.fallback = "solution"
-    # No solution that is imitated leaves the thought early, so leaving is not scored, only the answer after it.
-    config.credit.force_exit = True
+    # No solution that is imitated leaves the thought early: what the answer's bank scores is an answer after leaving.
+    config.credit.force_exit = options["bank"] == "answer"
     config.credit.max_completion_tokens = 24 if options["bank"] == "answer" else 320
     config.credit.chunk_size = 0 if options["bank"] == "answer" else 4
   config.evaluation.every = 50
