@@ -35,7 +35,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rredcot_jax import checkpoint, evaluation, metrics, sharding, tasks
+from rredcot_jax import checkpoint, distributed, evaluation, metrics, sharding, tasks
 from rredcot_jax import config as config_lib
 
 # --config and --workdir are those of train.py.
@@ -46,9 +46,11 @@ OUTPUT = flags.DEFINE_string("output", None, "The JSON file to write.")
 def main(_: Any) -> None:
   config, workdir = train.CONFIG.value, train.WORKDIR.value
   config_lib.validate(config)
+  train.join_processes(config)
   figures = run(config, workdir and pathlib.Path(workdir), samples=SAMPLES.value, output=pathlib.Path(OUTPUT.value))
-  print_table(figures)
-  print(json.dumps(figures))
+  if distributed.is_main():
+    print_table(figures)
+    print(json.dumps(figures))
 
 
 def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, output: pathlib.Path) -> dict[str, Any]:
@@ -80,27 +82,33 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
     "seed": config.seed,
     "rollout": train.rollout_options(config),
   }
-  output.parent.mkdir(parents=True, exist_ok=True)
+  if distributed.is_main():
+    output.parent.mkdir(parents=True, exist_ok=True)
   traces = output.with_name(output.name + ".traces.jsonl")
   judged = claim_traces(traces, settings)
   batches = evaluation.judged_batches(
     params, model, task, mesh, eval_key, num_prompts=num_prompts, samples=samples, rows=rows, first=len(judged),
     **train.rollout_options(config),
   )  # fmt: skip
+  # All processes hold every judgement; the first one writes them.
   with (
-    open(traces, "a", encoding="utf-8") as file,
-    tqdm(initial=len(judged), total=num_prompts * samples, desc="traces") as progress,
+    open(traces if distributed.is_main() else os.devnull, "a", encoding="utf-8") as file,
+    tqdm(
+      initial=len(judged), total=num_prompts * samples, desc="traces", disable=not distributed.is_main()
+    ) as progress,
   ):
     for batch in batches:
       file.write("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in batch))
       file.flush()
-      os.fsync(file.fileno())
+      if distributed.is_main():
+        os.fsync(file.fileno())
       judged += batch
       progress.update(len(batch))
 
   # ---- Figures -----------------------------------------------------------------------------
   figures = summarise(judged, num_prompts, samples)
-  write_atomically(output, json.dumps({"settings": settings, **figures}, indent=1) + "\n")
+  if distributed.is_main():
+    write_atomically(output, json.dumps({"settings": settings, **figures}, indent=1) + "\n")
   return figures
 
 
@@ -125,7 +133,10 @@ def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluatio
     if len(judged) < settings["num_prompts"] * settings["samples"]:
       judged = judged[: len(judged) // settings["rows"] * settings["rows"]]
   kept = [header, *lines[1 : 1 + len(judged)]]
-  write_atomically(path, "".join(line + "\n" for line in kept))
+  # Nobody writes before everybody has read.
+  distributed.barrier("read the traces")
+  if distributed.is_main():
+    write_atomically(path, "".join(line + "\n" for line in kept))
   return judged
 
 

@@ -57,10 +57,7 @@ def main(_: Any) -> None:
   config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
   config_lib.validate(config)
   command = " ".join(["python", *map(shlex.quote, sys.argv)])
-  distributed.start(
-    coordinator=COORDINATOR.value, num_processes=NUM_PROCESSES.value, process_id=PROCESS_ID.value,
-    detect=DISTRIBUTED.value, heartbeat_seconds=config.distributed.heartbeat_seconds,
-  )  # fmt: skip
+  join_processes(config)
   with distributed.StopNotice() as notice, distributed.stops_with_the_others(command):
     claim_workdir(workdir, config, command, resume=RESUME.value)
     finished = run(config, workdir, notice=notice)
@@ -70,6 +67,14 @@ def main(_: Any) -> None:
   if distributed.is_main():
     report.write_report({workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None)
     print(f"report: {workdir / 'report.html'}")
+
+
+def join_processes(config: ConfigDict) -> None:
+  """Starts what connects this process with the others that the flags or the environment name."""
+  distributed.start(
+    coordinator=COORDINATOR.value, num_processes=NUM_PROCESSES.value, process_id=PROCESS_ID.value,
+    detect=DISTRIBUTED.value, heartbeat_seconds=config.distributed.heartbeat_seconds,
+  )  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNotice | None = None) -> bool:
@@ -189,6 +194,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
       on_host=on_host, segments_on_host=segments_on_host, examples=examples, here=rows.here,
     )  # fmt: skip
     state = dataclasses.replace(state, critic=assigned.critic)
+    # The host would wait for it at the next rollout anyway; here it tells what credit costs. The devices lose the
+    # milliseconds until the update is dispatched.
     jax.block_until_ready(assigned.advantages)
     credit_seconds = time.perf_counter() - credit_began
 

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from rredcot_jax import config as config_lib
-from rredcot_jax import sharding, train_step
+from rredcot_jax import distributed, sharding, train_step
 from rredcot_jax.model import decoder, huggingface
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.types import check_option
@@ -87,8 +87,8 @@ class Checkpointer:
   def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
     """The newest readable checkpoint, or None where there is none at all.
 
-    A checkpoint that cannot be read is named in a warning, moved aside (so that
-    its step can be saved again) and the one before it is tried.
+    A checkpoint that cannot be read, by any process, is named in a warning, moved aside
+    (so that its step can be saved again) and the one before it is tried.
 
     Args:
       abstract_state: shapes, dtypes and shardings to restore into.
@@ -103,11 +103,15 @@ class Checkpointer:
     damaged = []
     for step in steps:
       args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+      reason = "another process cannot read it"
       try:
         restored = self._manager.restore(step, args=args)
         jax.block_until_ready(restored["state"])
+        readable = True
       except Exception as error:  # Orbax and TensorStore raise many kinds; each means the same here.
-        logging.warning("checkpoint %s cannot be read (%s); falling back to the one before it", step, _reason(error))
+        reason, readable = _reason(error), False
+      if not distributed.on_all(readable):
+        logging.warning("checkpoint %s cannot be read (%s); falling back to the one before it", step, reason)
         damaged.append(step)
         continue
       self._set_aside(damaged)
@@ -135,7 +139,7 @@ class Checkpointer:
   def _failed(self, error: Exception, on_failure: str) -> None:
     step, self._saving = self._saving, None
     self.num_failed += 1
-    if jax.process_index() == 0:
+    if distributed.is_main():
       # What there is of it takes the place that the next one needs.
       for path in self._directory.glob(f"{step}.*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -156,13 +160,15 @@ class Checkpointer:
     if not steps or not self._writes:
       return
     self._manager.close()
-    for step in steps:
+    distributed.barrier("closed the checkpoints")
+    for step in steps if distributed.is_main() else ():
       aside = self._directory / f"damaged-{step}"
       number = 1
       while aside.exists():
         number += 1
         aside = self._directory / f"damaged-{step}-{number}"
       (self._directory / str(step)).rename(aside)
+    distributed.barrier("moved the damaged checkpoints")
     self._manager = ocp.CheckpointManager(self._directory, options=self._options)
 
 

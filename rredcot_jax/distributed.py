@@ -111,6 +111,11 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def on_all(value: bool) -> bool:
+  """Whether it is so on every process."""
+  return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(value)).all())
+
+
 def from_main(value: bool) -> bool:
   """What process 0 says."""
   return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
