@@ -17,6 +17,7 @@ from rredcot_jax import completions
 from rredcot_jax.config import default_config, options_of
 
 OTHERS = (
+  "reinforce",
   "monte_carlo", "leave_one_out", "gradient_x_input", "integrated_gradients", "attention", "attention_rollout",
   "value_head",
 )  # fmt: skip
@@ -25,7 +26,9 @@ BANKS = ("suffix", *(bank for bank in completions.BANKS if bank != "suffix"))
 # What the comparison runs, by the name it has in tables and file names.
 METHODS = {
   "grpo": "method=grpo",
+  "reinforce": "method=reinforce",
   "rredcot-suffix-difference": "method=rredcot,bank=suffix,mode=difference",
+  "rredcot-suffix-action_value": "method=rredcot,bank=suffix,mode=action_value",
   "rredcot-answer-difference": "method=rredcot,bank=answer,mode=difference",
   "rredcot-solution-difference": "method=rredcot,bank=solution,mode=difference",
   "rredcot-rollouts-difference": "method=rredcot,bank=rollouts,mode=difference",
@@ -41,33 +44,40 @@ METHODS = {
 
 # What is each method's own: (learning rate, rollouts a prompt, updates on each batch). Other combinations take GRPO's.
 SETTINGS = {
-  "grpo": (3e-4, 8, 1),
-  "rredcot-suffix-difference": (3e-4, 2, 2),
-  "rredcot-answer-difference": (3e-4, 2, 2),
-  "rredcot-solution-difference": (3e-4, 2, 2),
+  "grpo": (2e-4, 8, 1),
+  "rredcot-suffix-difference": (3e-4, 2, 1),
+  "reinforce": (3e-4, 2, 1),
+  "rredcot-suffix-action_value": (3e-4, 2, 1),
+  "rredcot-answer-difference": (3e-4, 2, 1),
+  "rredcot-solution-difference": (3e-4, 2, 1),
   "rredcot-rollouts-difference": (3e-4, 8, 1),
-  "rredcot-suffix-signed": (3e-4, 8, 1),
-  "rredcot-suffix-magnitude": (3e-4, 8, 1),
-  "leave_one_out-difference": (3e-4, 2, 2),
-  "leave_one_out-signed": (3e-4, 8, 1),
-  "gradient_x_input-signed": (3e-4, 8, 1),
-  "attention-magnitude": (3e-4, 8, 1),
-  "value_head": (3e-4, 2, 2),
-  "monte_carlo-difference": (3e-4, 2, 2),
+  "rredcot-suffix-signed": (2e-4, 8, 1),
+  "rredcot-suffix-magnitude": (2e-4, 8, 1),
+  "leave_one_out-difference": (3e-4, 2, 1),
+  "leave_one_out-signed": (2e-4, 8, 1),
+  "gradient_x_input-signed": (2e-4, 8, 1),
+  "attention-magnitude": (2e-4, 8, 1),
+  "value_head": (2e-4, 2, 1),
+  "monte_carlo-difference": (3e-4, 2, 1),
 }
 _ROLLOUTS = 16  # A step, of all prompts.
+# An evaluation costs as much as 30 steps: often only where the crossing has to be found to a few steps.
+_EVALUATED_OFTEN = ("grpo", "rredcot-suffix-difference", "rredcot-suffix-action_value")
 
 # Tokens of the longest completion: </think> digit <eos>, and eight lines of six tokens before them.
 _COMPLETION_TOKENS = {"answer": 3, "solution": 51, "suffix": 51, "rollouts": 56}
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
-  """Options: method (rredcot, grpo, monte_carlo, leave_one_out, gradient_x_input, integrated_gradients, attention,
-  attention_rollout, value_head), bank (suffix, answer, solution, rollouts), mode (difference, signed, magnitude).
+  """Options: method (rredcot, grpo, reinforce, monte_carlo, leave_one_out, gradient_x_input, integrated_gradients,
+  attention, attention_rollout, value_head), bank (suffix, answer, solution, rollouts), mode (difference, signed,
+  magnitude, action_value).
 
-  The bank is RREDCoT's alone. Modes that a source cannot give are refused when the run starts.
+  reinforce credits every token with R, without a baseline: the control for methods whose credit is hardly ever
+  negative. The bank is RREDCoT's alone. action_value is difference without the state's own value as a baseline.
+  Modes that a source cannot give are refused when the run starts.
   """
-  modes = ("difference", "signed", "magnitude")
+  modes = ("difference", "signed", "magnitude", "action_value")
   options = options_of(arg, {"method": ("rredcot", "grpo", *OTHERS), "bank": BANKS, "mode": modes})
   method, bank, mode = options["method"], options["bank"], options["mode"]
   config = default_config()
@@ -78,22 +88,24 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.rollout.max_tokens = 56
   config.segmentation.method = "newline"
   config.segmentation.k_max = 10
-  config.evaluation.every = 5
   config.evaluation.num_prompts = 256
   config.evaluation.samples = 2
   config.evaluation.rows = 512
   config.checkpoint.every = 30
-  name = {"grpo": "grpo", "value_head": "value_head", "rredcot": f"rredcot-{bank}-{mode}"}.get(
-    method, f"{method}-{mode}"
-  )
-  if method != "grpo":
+  with_bank = f"-{bank}" if method == "rredcot" else ""
+  name = method if method in ("grpo", "reinforce", "value_head") else f"{method}{with_bank}-{mode}"
+  if method == "reinforce":
+    config.advantages.baseline = config.advantages.scale = "none"
+  elif method != "grpo":
     config.credit.source = "scoring" if method == "rredcot" else method
-    config.credit.mode = mode
+    config.credit.mode = "difference" if mode == "action_value" else mode
+    config.credit.state_baseline = mode != "action_value"
   if method == "rredcot":
     config.credit.bank = bank
     config.credit.max_completion_tokens = _COMPLETION_TOKENS[bank]
   if method == "monte_carlo":
     config.credit.chunk_size = 30  # Slots a trace, of 9 continuations of each of 9 states.
+  config.evaluation.every = 5 if name in _EVALUATED_OFTEN else 10
   rate, group_size, updates = SETTINGS.get(name, SETTINGS["grpo"])
   config.optimizer.learning_rate = rate
   config.rollout.group_size = group_size

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rredcot_jax import masked, types
 
-BASELINES = ("mean", "leave_one_out")
+BASELINES = ("mean", "leave_one_out", "none")
 SCALES = ("std", "none")
 SIGMA_MODES = ("uniform", "magnitude", "signed")
 MODES = (*SIGMA_MODES, "difference")
@@ -41,14 +41,16 @@ def group_advantages(
 
       b_i = mean_j R_j                            baseline="mean"
       b_i = mean_{j != i} R_j                     baseline="leave_one_out"
+      b_i = 0                                     baseline="none", with scale="none" only
 
   mean with std is GRPO (arXiv 2402.03300), mean with none is Dr. GRPO
-  (arXiv 2503.20783), leave_one_out with none is RLOO (arXiv 2402.14740).
+  (arXiv 2503.20783), leave_one_out with none is RLOO (arXiv 2402.14740), none with
+  none is REINFORCE without a baseline: rewards of 0 and 1 then only ever praise.
   The deviation is the population one, over all G returns. Dividing by it
   overweights prompts that are nearly solved or nearly hopeless.
 
   A group of zero variance (see `zero_variance`) gets exactly 0, not the rounding
-  error of its mean divided by epsilon.
+  error of its mean divided by epsilon; without a baseline it keeps its returns.
 
   Args:
     returns: [G] floating, G >= 2, one return for each trace of one prompt.
@@ -74,6 +76,10 @@ def group_advantages(
     )
 
   returns = jax.lax.stop_gradient(returns)
+  if baseline == "none":
+    if scale != "none":
+      raise ValueError("baseline='none' with scale='std' divides by 0 where all returns agree; set scale='none'.")
+    return returns
   centred = returns - jnp.mean(returns)
   if baseline == "leave_one_out":
     centred = centred * (group_size / (group_size - 1))

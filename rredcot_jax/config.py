@@ -82,6 +82,7 @@ def default_config() -> ConfigDict:
   config.credit.form = "plain"  # values.FORMS
   config.credit.max_weight = 1.0  # Cap of an importance weight, for the truncated form.
   config.credit.initial_value = "baseline"  # redistribution.INITIAL_VALUES
+  config.credit.state_baseline = True  # Off: "difference" credits v(s_{k+1}) whole, and praise is all there is.
   config.credit.floor = 0.0  # Share of uniform credit mixed into sigma.
   config.credit.scale = 1.0  # Multiplies every advantage.
   config.credit.chunk_size = 0  # Branches of a trace scored at once, slots or deletions run at once; 0 is all.
@@ -224,7 +225,7 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
 
 def credit_rule(config: ConfigDict) -> CreditRule:
   """The credit's static choices as plain values."""
-  names = ("mode", "form", "max_weight", "initial_value", "floor", "scale")
+  names = ("mode", "form", "max_weight", "initial_value", "state_baseline", "floor", "scale")
   return CreditRule(
     group_size=config.rollout.group_size,
     temperature=config.rollout.temperature,
@@ -397,10 +398,19 @@ def validate(config: ConfigDict) -> None:
       f"rollout.max_prompt_tokens + rollout.max_tokens = {room} is more than model.max_positions="
       f"{config.model.max_positions}: lower one of them, or set RoPE scaling and raise the last."
     )
+  if config.advantages.baseline == "none" and config.advantages.scale != "none":
+    raise ValueError("advantages.baseline='none' divides by 0 where all returns agree; set advantages.scale='none'.")
   space = config.credit.attribution.space
   if space:
     check_option("credit.attribution.space", space, attribution.SPACES)
   check_combination(config.credit.source, config.credit.mode, config.credit.bank, space or None)
+  if not config.credit.state_baseline and (
+    config.credit.mode != "difference" or config.credit.source not in ("scoring", "monte_carlo")
+  ):
+    raise ValueError(
+      f"credit.state_baseline=False with mode={config.credit.mode!r} and source={config.credit.source!r}: "
+      "only 'difference' of state values (scoring, monte_carlo) has a baseline to leave out."
+    )
   if not 0 <= config.credit.value_head.decay <= 1:
     raise ValueError(f"credit.value_head.decay={config.credit.value_head.decay} must be in [0, 1].")
   if config.credit.form == "self_normalised" and config.credit.bank != "rollouts":

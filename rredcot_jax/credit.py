@@ -36,6 +36,7 @@ class CreditRule:
   form: str = "plain"  # values.FORMS
   max_weight: float = 1.0
   initial_value: str = "baseline"  # redistribution.INITIAL_VALUES
+  state_baseline: bool = True  # Off: mode "difference" takes v(s_{k+1}) and not v(s_{k+1}) - v(s_k).
   floor: float = 0.0
   scale: float = 1.0
   baseline: str = "mean"  # advantages.BASELINES
@@ -171,10 +172,13 @@ def credit_of_values(
   """
   redistribute = functools.partial(redistribution.redistribute, initial_value=rule.initial_value)
   rewards = jax.vmap(redistribute)(estimated, returns, segments.num_segments)
+  completed = jax.vmap(redistribution.state_values)(estimated, returns, segments.num_segments)
+  # A state's value is a baseline: with or without it the expected gradient is the same, and the variance is not.
+  credited = rewards if rule.state_baseline else jnp.where(segments.mask, completed[:, 1:], 0.0)
   return types.Credit(
-    values=jax.vmap(redistribution.state_values)(estimated, returns, segments.num_segments),
+    values=completed,
     rewards=rewards,
-    advantages=_advantages_of_rewards(rewards, mask, segments, returns, uniform_rows, rule),
+    advantages=_advantages_of_rewards(credited, mask, segments, returns, uniform_rows, rule),
     effective_sample_size=jnp.where(segments.mask, effective_sample_size, 0.0),
   )
 

@@ -94,6 +94,7 @@ CASES = [
   *(case("scoring", "difference", bank="suffix", form=form) for form in ("truncated", "length_normalised")),
   case("scoring", "difference", bank="rollouts", form="self_normalised"),
   case("scoring", "difference", bank="suffix", initial_value="first_segment"),
+  case("scoring", "difference", bank="suffix", state_baseline=False),
   case("scoring", "signed", bank="suffix", floor=0.5),
   case("scoring", "difference", bank="answer", force_exit=True),
   *(case("monte_carlo", mode) for mode in SIGMAS),
@@ -126,6 +127,8 @@ def test_every_choice_trains(options):
     values, rewards = np.asarray(assigned.credit.values), np.asarray(assigned.credit.rewards)
     first = values[:, 0] if config.credit.initial_value == "baseline" else 0
     np.testing.assert_allclose(rewards.sum(axis=1), RETURNS - first, atol=1e-5)
+    if not config.credit.state_baseline:
+      rewards = np.where(segments.mask, values[:, 1:], 0)
     rows = np.arange(4)[:, None]
     ids = np.asarray(segments.segment_ids)
     np.testing.assert_allclose(advantages[~uniform], np.where(mask, rewards[rows, ids], 0)[~uniform], atol=1e-6)
@@ -200,6 +203,7 @@ def test_value_head_credit_is_of_the_critic_before_it_learnt():
     ),
     ({"credit.source": "leave_one_out", "credit.mode": "signed", "credit.bank": "suffix"}, "set credit.bank='answer'"),
     ({"credit.attribution.space": "logs"}, "did you mean 'log'"),
+    ({"credit.state_baseline": False, "credit.mode": "signed"}, "has a baseline to leave out"),
     ({"credit.monte_carlo.samples": 0}, r"credit\.monte_carlo\.samples=0 must be at least 1"),
     ({"credit.value_head.decay": 1.5}, r"decay=1.5 must be in \[0, 1\]"),
   ],

@@ -100,7 +100,7 @@ def test_every_method_of_the_comparison_is_a_valid_configuration():
   for name, arg in module.METHODS.items():
     config = module.get_config(arg)
     config_lib.validate(config)
-    assert name == "grpo" or config.credit.mode != "uniform"
+    assert name in ("grpo", "reinforce") or config.credit.mode != "uniform"
     rollouts.add((config.num_steps, config.rollout.prompts_per_step * config.rollout.group_size))
   assert len(rollouts) == 1  # Equal rollouts.
   assert set(module.SETTINGS) == set(module.METHODS)
