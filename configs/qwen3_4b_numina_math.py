@@ -9,9 +9,8 @@ Wants the checkpoint in checkpoints/Qwen3-4B (Hugging Face's directory as it is)
 and the corpora in data/numina_math_cot and data/{math500,amc23,minerva,aime};
 README.md says how they are named there.
 
-**Not run by us**, and at 25k tokens it cannot be as the code stands: see the last line
-of the table. Expected scores are therefore the paper's (arXiv 2606.06475), second-hand,
-as readers' summaries quote them, none reproduced here:
+**Not run by us**: compiled for TPUs alone, see below. Expected scores are therefore the
+paper's (arXiv 2606.06475), second-hand, as readers' summaries quote them, none reproduced here:
 
     pass@1 in %     AIME24   AIME25   AIME26   Minerva   MATH-500
     the model         69.2
@@ -26,19 +25,20 @@ One temperature serves for training and evaluation. Qwen recommends 0.6 with top
 figures to set beside Qwen's, evaluate with `--config.rollout.temperature=0.6
 --config.rollout.top_p=0.95`.
 
-Memory, by arithmetic, everything float32 (4,022,468,096 parameters, 16 rows of
-1,024 + 25,000 tokens, fsdp = 16, so one row a chip):
+Memory, by arithmetic (4,022,468,096 parameters, 16 rows of 1,024 + 25,000 tokens,
+fsdp = 16, so one row a chip; parameters and optimizer float32, the rest bfloat16):
 
     parameters and AdamW's two moments   3 x 4 bytes x 4.02 G                       48.3 GB    3.0 GB a chip
-    gradient and update                  2 x 4 bytes x 4.02 G                       32.2 GB    2.0 GB a chip
-    keys and values                      294,912 bytes x 26,024 tokens x 16 rows   122.8 GB    7.7 GB a chip
-    activations and logits of an update  10.1 MB x 25,000 tokens x 16 rows         4.0 TB      252 GB a chip
+    the policy that samples and scores   2 bytes x 4.02 G, whole on every chip       8.0 GB    8.0 GB a chip
+    keys and values                      147,456 bytes x 26,024 tokens x 16 rows   61.4 GB    3.8 GB a chip
 
-(The last line is the slope of what XLA reports for the update compiled for CPU, at 8,192
-and 16,384 tokens; 1.2 MB of it are the logits and their gradient.) Sampling and credit
-fit on chips of 40 GB. The update of so long a trace does not fit before more of its
-activations are computed again and the vocabulary is taken in chunks; as the code
-stands, `--config.rollout.max_tokens=6144` is about what chips of 80 GB hold.
+What XLA allocates for 16 chips of a v5p (`python tools/tpu_compile.py --config
+configs/qwen3_4b_numina_math.py --topology v5p:2x2x4`) is in docs/results.md: the
+largest of the three programs, the update, takes 31 GiB of a chip's 95, with every
+layer's activations but attention's computed again and logits for 2,048 tokens at a time.
+For 64 chips of 16 GB (v5e:8x8): `--config.mesh.fsdp=16 --config.mesh.sequence=4
+--config.rollout_mesh.data=16 --config.rollout_mesh.tensor=4 --config.compute.remat=full
+--config.compute.log_prob_chunk=1024`.
 """
 
 from ml_collections import ConfigDict
@@ -98,4 +98,8 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.checkpoint.every = 10
   config.mesh.data = 1
   config.mesh.fsdp = 16
+  config.rollout_mesh.data = 16  # Whole parameters on every chip: sampling reads all of them for every token.
+  config.compute.dtype = "bfloat16"
+  config.compute.remat = "attention"
+  config.compute.log_prob_chunk = 2048
   return config

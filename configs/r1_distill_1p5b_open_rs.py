@@ -20,16 +20,15 @@ read the paper's figures as this evaluation's. To check the model against the re
 --config.rollout.top_p=0.95 --config.evaluation.rows=16`. What the summaries of the
 paper do not say is our choice: group, batch, segmentation, learning rate, bank.
 
-Memory, by arithmetic, everything float32 (1,777,088,000 parameters, 64 rows of
-1,024 + 1,024 tokens, fsdp = 8, so 8 rows a chip):
+Memory, by arithmetic (1,777,088,000 parameters, 64 rows of 1,024 + 1,024 tokens,
+fsdp = 8, so 8 rows a chip; parameters and optimizer float32, the rest bfloat16):
 
-    parameters and AdamW's two moments   3 x 4 bytes x 1.78 G                      21.3 GB   2.7 GB a chip
-    gradient and update                  2 x 4 bytes x 1.78 G                      14.2 GB   1.8 GB a chip
-    keys and values                      57,344 bytes x 2,048 tokens x 64 rows      7.5 GB   0.9 GB a chip
-    activations and logits of an update  5.7 GB x 64 rows                         363 GB    45 GB a chip
+    parameters and AdamW's two moments   3 x 4 bytes x 1.78 G                     21.3 GB   2.7 GB a chip
+    the policy that samples and scores   2 bytes x 1.78 G, whole on every chip     3.6 GB   3.6 GB a chip
+    keys and values                      28,672 bytes x 2,048 tokens x 64 rows     3.8 GB   0.5 GB a chip
 
-(The last line is what XLA reports for the update of 8 rows compiled for CPU, less
-gradient and update.)
+What XLA allocates for 8 chips of a v5p (`python tools/tpu_compile.py --config
+configs/r1_distill_1p5b_open_rs.py --topology v5p:2x2x2`) is in docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -79,7 +78,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
       config.credit.form = "length_normalised"
     config.credit.force_exit = True
     config.credit.max_completion_tokens = 64 if options["bank"] == "answer" else 1024
-    config.credit.chunk_size = 0 if options["bank"] == "answer" else 2
+    config.credit.chunk_size = 4 if options["bank"] == "answer" else 1
   config.evaluation.task.name = f"dataset/{options['eval']}"
   config.evaluation.task.options.update(_TASK_OPTIONS)
   config.evaluation.num_prompts = BENCHMARKS[options["eval"]]
@@ -89,4 +88,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.checkpoint.every = 20
   config.mesh.data = 1
   config.mesh.fsdp = 8
+  config.rollout_mesh.data = 8  # Whole parameters on every chip: sampling reads all of them for every token.
+  config.compute.dtype = "bfloat16"
+  config.compute.log_prob_chunk = 256
   return config

@@ -33,7 +33,6 @@ from rredcot_jax import (
   losses,
   metrics,
   report,
-  sampling,
   sharding,
   tasks,
   train_step,
@@ -94,8 +93,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
 
   # ---- State on the mesh -------------------------------------------------------------------
   mesh = sharding.make_mesh(**config.mesh)
+  rollout_mesh = sharding.relayout(mesh, **config.rollout_mesh)
   group_size = config.rollout.group_size
-  rows = distributed.rows_of(mesh, config.rollout.prompts_per_step * group_size, group_size=group_size)
+  rows = distributed.rows_of(rollout_mesh, config.rollout.prompts_per_step * group_size, group_size=group_size)
   optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
   critic = config_lib.init_critic(config, model.width)
   abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, policy_key), optimizer, critic))
@@ -110,9 +110,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
   steps = train_step.compile_steps(
     model, optimizer, placement, mesh, temperature=rule.temperature, eos_id=tokenizer.eos_token_id,
     segmentation_options=config_lib.segmentation_options(config), loss_options=config_lib.loss_options(config),
+    sampling_options=config_lib.sampling_options(
+      config, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id
+    ),
+    rollout_mesh=rollout_mesh, microbatches=config.compute.microbatches, length_buckets=config.compute.length_buckets,
     skip_non_finite=config.loss.non_finite == "skip",
   )  # fmt: skip
-  assign = assignment.Assigner(train_task, model, mesh, **config_lib.assigner_options(config))
+  assigner = assignment.Assigner(train_task, model, rollout_mesh, **config_lib.assigner_options(config))
+  assign = sharding.on(rollout_mesh, assigner)
 
   # ---- Resume ------------------------------------------------------------------------------
   prompts = batching.prompt_iterator(train_task, config.rollout.prompts_per_step, config.seed)
@@ -137,8 +142,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
     try:
       # The same key at every evaluation: the same noise for every policy.
       result = evaluation.evaluate(
-        state.params, model, held_out, mesh, eval_key, num_prompts=config.evaluation.num_prompts,
-        samples=config.evaluation.samples, rows=config.evaluation.rows, notice=notice, **rollout_options(config),
+        steps.rollout_params(state.params), model, held_out, rollout_mesh, eval_key,
+        num_prompts=config.evaluation.num_prompts, samples=config.evaluation.samples, rows=config.evaluation.rows,
+        notice=notice, **rollout_options(config),
       )  # fmt: skip
     except distributed.Stopped:
       return False
@@ -170,13 +176,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
     position, dealt = prompts.get_state(), next(prompts)
     examples = [train_task[int(dealt[row // group_size])] for row in rows.here]
     prompt_arrays = batching.prompt_arrays(train_task, examples, config.rollout.max_prompt_tokens)
-    rollout, cache = sampling.sample(
-      state.params, model, *sharding.put_batch(mesh, prompt_arrays), jax.random.fold_in(policy_key, step),
-      max_tokens=config.rollout.max_tokens, temperature=config.rollout.temperature, top_k=config.rollout.top_k,
-      top_p=config.rollout.top_p, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    policy = steps.rollout_params(state.params)
+    placed_prompts = sharding.put_batch(rollout_mesh, prompt_arrays)
+    rollout, cache = steps.sample(policy, *placed_prompts, jax.random.fold_in(policy_key, step))
     segments = steps.segment(rollout, tables)
-    on_host, segments_on_host = distributed.to_host(mesh, (rollout, segments))
+    on_host, segments_on_host = distributed.to_host(rollout_mesh, (rollout, segments))
     judged = [examples[place] for place in rows.judged]
     rewards = evaluation.returns_of(train_task, judged, jax.tree.map(lambda x: x[rows.judged], on_host))
     told = notice is not None and notice.given
@@ -190,7 +194,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
     # ---- Returns -> credit -----------------------------------------------------------------
     credit_began = time.perf_counter()
     assigned = assign(
-      state.params, state.critic, cache, rollout, segments, returns, jax.random.fold_in(credit_key, step),
+      policy, state.critic, cache, rollout, segments, returns, jax.random.fold_in(credit_key, step),
       on_host=on_host, segments_on_host=segments_on_host, examples=examples, here=rows.here,
     )  # fmt: skip
     state = dataclasses.replace(state, critic=assigned.critic)
@@ -205,8 +209,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
     if reference is not None:
       batch = batch.replace(reference_log_probs=steps.reference(reference, batch))
     recent = {step: recent.get(step), step + 1: batch}
+    del policy, cache  # The update wants their memory.
     for _ in range(config.loss.updates_per_rollout):
-      state, update_metrics = steps.update(state, batch)
+      state, update_metrics = steps.update(state, batch, int(lengths.max()))
 
     # ---- Metrics, a step late --------------------------------------------------------------
     now = {f"train/{name}": value for name, value in update_metrics.items()}

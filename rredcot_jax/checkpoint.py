@@ -202,7 +202,7 @@ def start_params(
     differing = [
       f"{field.name} ({getattr(held, field.name)!r} there, {getattr(model, field.name)!r} configured)"
       for field in dataclasses.fields(model)
-      if field.name != "max_positions" and getattr(held, field.name) != getattr(model, field.name)
+      if field.name not in ("max_positions", "compute") and getattr(held, field.name) != getattr(model, field.name)
     ]
     if differing:
       raise ValueError(f"the checkpoint {path!r} is another model than config.model says: {', '.join(differing)}.")
@@ -222,9 +222,7 @@ def restore_run(
   if not (workdir / "config.json").is_file():
     raise ValueError(f"{workdir} is no work directory of experiments/train.py: it has no config.json.")
   trained = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"])
-  differing = config_lib.differences(
-    dataclasses.asdict(config_lib.model_config(trained, vocab_size)), dataclasses.asdict(model)
-  )
+  differing = config_lib.differences(config_lib.model_config(trained, vocab_size).sizes(), model.sizes())
   if differing:
     raise ValueError(f"the run in {workdir} trained another model than config.model says: {', '.join(differing)}.")
   optimizer = train_step.make_optimizer(**config_lib.optimizer_options(trained))

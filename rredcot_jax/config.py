@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rredcot_jax import advantages, attribution, completions, losses, redistribution, segmentation, value_head, values
 from rredcot_jax.credit import SOURCES, CreditRule, check_combination
-from rredcot_jax.model.config import SIZES, ModelConfig, RopeScaling
+from rredcot_jax.model.config import ATTENTIONS, DTYPES, REMATS, SIZES, Compute, ModelConfig, RopeScaling
 from rredcot_jax.types import check_option
 
 
@@ -147,6 +147,21 @@ def default_config() -> ConfigDict:
   config.mesh.data = -1  # -1 takes the devices that are left.
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
+  config.mesh.sequence = 1
+
+  config.rollout_mesh = ConfigDict()  # The same devices as sampling and scoring see them.
+  config.rollout_mesh.data = 0  # 0 is the mesh above, -1 takes the devices that are left.
+  config.rollout_mesh.fsdp = 1
+  config.rollout_mesh.tensor = 1
+  config.rollout_mesh.sequence = 1
+
+  config.compute = ConfigDict()  # Speed and memory; the result changes by rounding alone.
+  config.compute.dtype = "float32"  # model.config.DTYPES; the parameters themselves and the optimizer stay float32.
+  config.compute.remat = "dots"  # model.config.REMATS
+  config.compute.attention = "auto"  # model.config.ATTENTIONS
+  config.compute.log_prob_chunk = 0  # Tokens of a row whose log-probabilities over the vocabulary exist; 0 is all.
+  config.compute.microbatches = 1  # Parts of a batch whose gradients are added up for one update.
+  config.compute.length_buckets = 1  # Lengths that an update is compiled for, up to rollout.max_tokens.
 
   config.distributed = ConfigDict()  # Several processes; how many is no part of an experiment.
   config.distributed.heartbeat_seconds = 100  # A process silent for so long is taken for dead, and the others stop.
@@ -201,7 +216,7 @@ def set_model(config: ConfigDict, name: str) -> None:
     ValueError: if `name` is not in `model.config.SIZES`, offering the nearest.
   """
   check_option("model", name, tuple(SIZES))
-  sizes = dataclasses.asdict(SIZES[name])
+  sizes = SIZES[name].sizes()
   scaling = sizes.pop("rope_scaling")
   config.model.update(sizes)
   config.model.rope_scaling.update(scaling or {"kind": "none"})
@@ -220,7 +235,10 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
     raise ValueError(
       f"the tokenizer has {vocab_size} words and the model {sizes['vocab_size']}: they do not belong together."
     )
-  return ModelConfig(rope_scaling=None if scaling["kind"] == "none" else RopeScaling(**scaling), **sizes)
+  compute = Compute(**{field.name: config.compute[field.name] for field in dataclasses.fields(Compute)})
+  return ModelConfig(
+    rope_scaling=None if scaling["kind"] == "none" else RopeScaling(**scaling), compute=compute, **sizes
+  )
 
 
 def credit_rule(config: ConfigDict) -> CreditRule:
@@ -238,6 +256,12 @@ def credit_rule(config: ConfigDict) -> CreditRule:
     gae_decay=config.credit.value_head.decay,
     **{name: config.credit[name] for name in names},
   )
+
+
+def sampling_options(config: ConfigDict, *, eos_id: int, pad_id: int) -> dict[str, Any]:
+  """Keyword arguments of `sampling.sample` for the rollouts of a training step."""
+  names = ("max_tokens", "temperature", "top_k", "top_p")
+  return {name: config.rollout[name] for name in names} | {"eos_id": eos_id, "pad_id": pad_id}
 
 
 def bank_options(config: ConfigDict) -> dict[str, Any]:
@@ -339,7 +363,7 @@ def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
 
 
 # How a run is laid out and looked after, not what it computes; another layout agrees to float32 reassociation.
-_LAYOUT = ("mesh.", "distributed.", "checkpoint.")
+_LAYOUT = ("mesh.", "rollout_mesh.", "distributed.", "checkpoint.")
 
 
 def run_differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -380,6 +404,9 @@ def validate(config: ConfigDict) -> None:
     ("loss.kl", config.loss.kl, losses.KL_ESTIMATORS),
     ("loss.non_finite", config.loss.non_finite, ("stop", "skip")),
     ("checkpoint.on_failure", config.checkpoint.on_failure, ("stop", "continue")),
+    ("compute.dtype", config.compute.dtype, DTYPES),
+    ("compute.remat", config.compute.remat, REMATS),
+    ("compute.attention", config.compute.attention, ATTENTIONS),
   )
   for name, value, options in choices:
     check_option(name, value, options)
@@ -389,9 +416,15 @@ def validate(config: ConfigDict) -> None:
     "segmentation.k_max", "credit.bank_size", "credit.max_completion_tokens", "loss.updates_per_rollout",
     "credit.monte_carlo.samples", "credit.monte_carlo.workers", "credit.attribution.steps",
     "credit.value_head.updates_per_rollout", "evaluation.every", "evaluation.samples",
-    "evaluation.num_prompts", "checkpoint.every",
+    "evaluation.num_prompts", "checkpoint.every", "compute.microbatches", "compute.length_buckets",
   ):  # fmt: skip
     _at_least(config, 1, name, "it counts something")
+  rows = config.rollout.prompts_per_step * config.rollout.group_size
+  if rows % config.compute.microbatches:
+    raise ValueError(
+      f"compute.microbatches={config.compute.microbatches} does not divide the {rows} rollouts of a step "
+      "(rollout.prompts_per_step x rollout.group_size)."
+    )
   room = config.rollout.max_prompt_tokens + config.rollout.max_tokens
   if 0 < config.model.max_positions < room:
     raise ValueError(

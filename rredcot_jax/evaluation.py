@@ -130,11 +130,12 @@ def judged_batches(
     filled = examples + [examples[-1]] * (rows - len(examples))
     mine = [filled[row] for row in share.here]
     prompts = sharding.put_batch(mesh, batching.prompt_arrays(task, mine, max_prompt_tokens))
-    rollout, _ = sampling.sample(
-      params, config, *prompts, jax.random.fold_in(key, start), max_tokens=max_tokens,
-      temperature=temperature, top_k=top_k, top_p=top_p,
-      eos_id=task.tokenizer.eos_token_id, pad_id=task.tokenizer.pad_token_id,
-    )  # fmt: skip
+    with sharding.use(mesh):
+      rollout, _ = sampling.sample(
+        params, config, *prompts, jax.random.fold_in(key, start), max_tokens=max_tokens,
+        temperature=temperature, top_k=top_k, top_p=top_p,
+        eos_id=task.tokenizer.eos_token_id, pad_id=task.tokenizer.pad_token_id,
+      )  # fmt: skip
     rollout = distributed.whole(rollout)
     texts = trace_texts(task, rollout)
     # The filling is judged by nobody.

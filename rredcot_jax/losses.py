@@ -196,6 +196,43 @@ def policy_loss(
   return total, metrics
 
 
+def loss_weight(mask: chex.Array, *, loss: str, max_length: int | None = None) -> chex.Array:
+  """What `policy_loss` divides by: the share of a part of a batch in the whole batch's loss.
+
+  With weights w_m of parts that make up a batch, sum_m (w_m / sum w) loss_m is the
+  loss of the whole batch, and so is its gradient, for every one of the `LOSSES`.
+
+  Args:
+    mask: [B, T] bool, the part's `TrainBatch.loss_mask`.
+    loss, max_length: see `policy_loss`.
+
+  Returns:
+    [] float32: traces with loss tokens (grpo, gspo), B max_length (dr_grpo), or loss tokens.
+  """
+  types.check_option("loss", loss, LOSSES)
+  return _aggregate(jnp.zeros(mask.shape, jnp.float32), mask, loss, max_length)[1].astype(jnp.float32)
+
+
+def merge_metrics(parts: dict[str, chex.Array], weights: chex.Array) -> dict[str, chex.Array]:
+  """The metrics of `policy_loss` for a batch from those of its parts.
+
+  Args:
+    parts: each metric [M], of M parts.
+    weights: [M] float32, their `loss_weight`.
+
+  Returns:
+    Each metric [] float32.
+  """
+  tokens = parts["loss_tokens"]
+  mean = lambda values, by: jnp.sum(values * by) / jnp.maximum(jnp.sum(by), 1)
+  merged = {name: mean(values, tokens) for name, values in parts.items()}
+  return merged | {
+    "loss": mean(parts["loss"], weights),
+    "ratio_max": jnp.max(parts["ratio_max"]),
+    "loss_tokens": jnp.sum(tokens),
+  }
+
+
 def _check_ranges(
   loss: str,
   clip_low: float,

@@ -128,6 +128,7 @@ def sample(
   chex.assert_equal_shape([prompt_tokens, prompt_mask])
   batch, width = prompt_tokens.shape
   room = jnp.zeros((batch, max_tokens), bool)
+  params = decoder.rounded(params, config)  # Once, and not once a token.
   _, cache = decoder.forward(params, config, prompt_tokens, prompt_mask)
   cache = cache.extended(max_tokens)
   row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))

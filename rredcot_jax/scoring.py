@@ -20,7 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rredcot_jax import types
+from rredcot_jax import sharding, types
 from rredcot_jax.masked import masked_sum
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
@@ -42,6 +42,10 @@ def trace_log_probs(
     batch: prompts [B, P] and traces [B, T] with their masks.
     temperature: logits are divided by it, as when the trace was sampled.
 
+  With `config.compute.log_prob_chunk` [B, T, V] never exists, forward or backward:
+  logits are made for that many tokens of a row at a time, and made again for the
+  gradient.
+
   Returns:
     [B, T] float32 log-probabilities and [B, T] float32 entropies, nats; 0 on padding.
     The entropies carry no gradient.
@@ -51,13 +55,38 @@ def trace_log_probs(
   hidden, _ = decoder.forward(params, config, tokens, mask)
   # The last prompt token predicts the first trace token; the last trace token predicts nothing here.
   width = batch.prompt_tokens.shape[1]
-  logits = decoder.logits(params, hidden[:, width - 1 : -1]) / temperature
-  # Over a large vocabulary memory traffic is the cost: only the chosen logit and the sum are kept for the gradient.
-  normaliser = jax.nn.logsumexp(logits, axis=-1)
-  chosen = jnp.take_along_axis(logits, batch.tokens[..., None], axis=-1)[..., 0] - normaliser
-  frozen, total = jax.lax.stop_gradient((logits, normaliser))
-  entropy = total - jnp.sum(jnp.exp(frozen - total[..., None]) * frozen, axis=-1)
+  chosen, entropy = _of_tokens(
+    decoder.head_of(params), hidden[:, width - 1 : -1], batch.tokens, temperature, config.compute.log_prob_chunk
+  )
   return jnp.where(batch.mask, chosen, 0.0), jnp.where(batch.mask, entropy, 0.0)
+
+
+def _of_tokens(
+  head: chex.Array, hidden: chex.Array, tokens: chex.Array, temperature: float, chunk: int
+) -> tuple[chex.Array, chex.Array]:
+  """[B, T] log-probabilities of `tokens` and entropies, of hidden states [B, T, D] that predict them."""
+
+  def of_chunk(hidden: chex.Array, tokens: chex.Array) -> tuple[chex.Array, chex.Array]:
+    hidden = sharding.constrain(hidden, "rows", "tokens", None)
+    logits = sharding.constrain(decoder.project_to_words(head, hidden), "rows", "tokens", "words") / temperature
+    # Over a large vocabulary memory traffic is the cost: only the chosen logit and the sum are kept for the gradient.
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
+    frozen, total = jax.lax.stop_gradient((logits, normaliser))
+    return chosen, total - jnp.sum(jnp.exp(frozen - total[..., None]) * frozen, axis=-1)
+
+  batch, t = tokens.shape
+  if not chunk or chunk >= t:
+    return of_chunk(hidden, tokens)
+  count = -(-t // chunk)
+  room = count * chunk - t
+  by_chunk = lambda x: jnp.swapaxes(x.reshape(batch, count, chunk, *x.shape[2:]), 0, 1)
+  hidden, tokens = jnp.pad(hidden, [(0, 0), (0, room), (0, 0)]), jnp.pad(tokens, [(0, 0), (0, room)])
+  # The head is float32 here, and so is the sum of its gradients over chunks.
+  each = jax.checkpoint(lambda chunk: of_chunk(*chunk), prevent_cse=False)
+  chosen, entropy = jax.lax.map(each, (by_chunk(hidden), by_chunk(tokens)))
+  whole = lambda x: jnp.swapaxes(x, 0, 1).reshape(batch, -1)[:, :t]
+  return whole(chosen), whole(entropy)
 
 
 def score_with_cache(
@@ -102,8 +131,8 @@ def score_with_cache(
     targets, scored, columns, last = (jnp.moveaxis(x, 0, 1) for x in chunk)
     inputs = jnp.concatenate([last[:, :, None], targets[:, :, : s - 1]], axis=2)
     hidden = decoder.run_branches(params, config, cache, mask, inputs, columns)
-    log_probs = jax.nn.log_softmax(decoder.logits(params, hidden) / temperature, axis=-1)
-    chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    logits = decoder.logits(params, hidden) / temperature
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
     return jnp.moveaxis(masked_sum(chosen, scored, axis=2), 0, 1)
 
   branches = tuple(jnp.moveaxis(x, 1, 0) for x in (completions.tokens, completions.scored, columns, last))

@@ -1,51 +1,99 @@
 """Where arrays live: the only file that names mesh axes.
 
 Axes: `data` (replicas of the parameters), `fsdp` (parameters split, gathered
-when used), `tensor` (heads and MLP width split). Batches are split over
-`data` and `fsdp` together. Parameters are placed by rules on their names.
+when used), `tensor` (heads, MLP width and vocabulary split), `sequence` (the
+tokens of a row split; parameters are split over it as over `fsdp`). Batches are
+split over `data` and `fsdp` together. Parameters are placed by rules on their
+names, everything else by what its dimensions are: other files say "rows" or
+"heads" and never an axis.
+
+Sampling and training may want different layouts. A layout is a mesh: `relayout`
+splits the same devices in the same order into axes of other sizes, and one jitted
+identity with the other mesh's `infer` as its output moves parameters over.
 """
 
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+AXES = ("data", "fsdp", "tensor", "sequence")
 _BATCH_AXES = ("data", "fsdp")
+_SPLIT = ("fsdp", "sequence")  # What a parameter's width is split over.
 
 # By the last name of a parameter's path; block parameters carry a leading layer axis.
 _RULES = {
-  "embedding": P("tensor", "fsdp"),
-  "head": P("tensor", "fsdp"),
-  "query": P(None, "fsdp", "tensor", None),
-  "key": P(None, "fsdp", "tensor", None),
-  "value": P(None, "fsdp", "tensor", None),
-  "out": P(None, "tensor", None, "fsdp"),
-  "gate": P(None, "fsdp", "tensor"),
-  "up": P(None, "fsdp", "tensor"),
-  "down": P(None, "tensor", "fsdp"),
+  "embedding": P("tensor", _SPLIT),
+  "head": P("tensor", _SPLIT),
+  "query": P(None, _SPLIT, "tensor", None),
+  "key": P(None, _SPLIT, "tensor", None),
+  "value": P(None, _SPLIT, "tensor", None),
+  "out": P(None, "tensor", None, _SPLIT),
+  "gate": P(None, _SPLIT, "tensor"),
+  "up": P(None, _SPLIT, "tensor"),
+  "down": P(None, "tensor", _SPLIT),
+}
+
+# What a dimension of an activation or a cache is.
+_DIMENSIONS: dict[str | None, tuple[str, ...]] = {
+  None: (),
+  "rows": _BATCH_AXES,
+  "tokens": ("sequence",),  # Of a whole sequence, the columns of a cache, or the branches of a row.
+  "heads": ("tensor",),
+  "gathered_heads": ("tensor", "sequence"),  # Where each head needs the whole sequence.
+  "words": ("tensor",),  # Of the vocabulary.
 }
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+  *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
   """The mesh over all devices; `data=-1` takes the devices that are left.
+
+  Args:
+    data, fsdp, tensor, sequence: sizes of the axes.
+    devices: those of a machine that is not there, to compile for; None is `jax.devices()`.
 
   Raises:
     ValueError: if the axes do not multiply to the number of devices.
   """
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
+  shape = _axis_sizes(len(devices), data, fsdp, tensor, sequence)
+  if devices[0].platform == "tpu":
+    # Neighbours in the mesh are neighbours in the torus, as far as the sizes of both allow.
+    return Mesh(mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True), AXES)
+  return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def relayout(mesh: Mesh, *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
+  """The same devices in the same order as axes of other sizes; `data=0` keeps the mesh as it is.
+
+  Raises:
+    ValueError: if the axes do not multiply to the number of devices.
+  """
+  if data == 0:
+    return mesh
+  return Mesh(mesh.devices.reshape(_axis_sizes(mesh.size, data, fsdp, tensor, sequence)), AXES)
+
+
+def _axis_sizes(total: int, data: int, fsdp: int, tensor: int, sequence: int) -> tuple[int, int, int, int]:
+  others = fsdp * tensor * sequence
   if data == -1:
-    data = max(len(devices) // (fsdp * tensor), 1)
-  if data * fsdp * tensor != len(devices):
+    data = max(total // others, 1)
+  if data * others != total:
     raise ValueError(
-      f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} devices "
-      f"and there are {len(devices)}."
+      f"mesh data={data} x fsdp={fsdp} x tensor={tensor} x sequence={sequence} needs {data * others} devices "
+      f"and there are {total}."
     )
-  return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), ("data", "fsdp", "tensor"))
+  return data, fsdp, tensor, sequence
 
 
-def infer(mesh: Mesh, tree: Any) -> Any:
+def infer(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
   """A NamedSharding for each leaf of a state, from the names on its path.
 
   An axis that does not divide its dimension is left out, so that any size runs;
@@ -57,10 +105,21 @@ def infer(mesh: Mesh, tree: Any) -> Any:
     spec = next((_RULES[name] for name in reversed(names) if name in _RULES), P())
     if len(spec) != len(leaf.shape):
       return NamedSharding(mesh, P())
-    fits = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, leaf.shape)]
-    return NamedSharding(mesh, P(*fits))
+    axes = [axis if isinstance(axis, tuple) else (axis,) if axis else () for axis in spec]
+    return NamedSharding(mesh, P(*(_fitting(mesh, a, size) for a, size in zip(axes, leaf.shape))))
 
   return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _fitting(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], size: int) -> str | tuple[str, ...] | None:
+  """The axes, in order, whose sizes together divide `size`; a second axis of size 1 is not named."""
+  chosen: list[str] = []
+  parts = 1
+  for axis in axes:
+    if size % (parts * mesh.shape[axis]) == 0 and (not chosen or mesh.shape[axis] > 1):
+      chosen.append(axis)
+      parts *= mesh.shape[axis]
+  return None if not chosen else chosen[0] if len(chosen) == 1 else tuple(chosen)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -73,9 +132,11 @@ def batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(_BATCH_AXES))
 
 
-def cache(mesh: Mesh) -> NamedSharding:
-  """A KV cache [L, B, KV, C, D], rows split as batches are."""
-  return NamedSharding(mesh, P(None, _BATCH_AXES))
+def cache(mesh: Mesh, shape: Sequence[int] | None = None) -> NamedSharding:
+  """A KV cache [L, B, KV, C, D]: rows split as batches are; with its `shape`, key heads and columns too."""
+  if shape is None:
+    return NamedSharding(mesh, P(None, _BATCH_AXES))
+  return NamedSharding(mesh, _spec(mesh, (None, "rows", "heads", "tokens", None), shape))
 
 
 def put_batch(mesh: Mesh, tree: Any) -> Any:
@@ -135,3 +196,85 @@ def put_state(placement: Any, tree: Any) -> Any:
 
 def _parts(mesh: Mesh) -> int:
   return int(np.prod([mesh.shape[axis] for axis in _BATCH_AXES]))
+
+
+def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+  """Calls within place their intermediate results on `mesh`; None leaves that to the compiler."""
+  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def on(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
+  """`function` called within `use(mesh)`."""
+
+  def call(*args: Any, **kwargs: Any) -> Any:
+    with use(mesh):
+      return function(*args, **kwargs)
+
+  return call
+
+
+def constrain(x: jax.Array, *dimensions: str | None) -> jax.Array:
+  """`x` split by what its dimensions are (see `_DIMENSIONS`); itself where no mesh is in use.
+
+  An axis that does not divide its dimension is left out. None is a dimension that is not split.
+  """
+  mesh = _current()
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(mesh, dimensions, x.shape)))
+
+
+def constrain_params(tree: Any) -> Any:
+  """A tree of parameters, or of their gradients, placed by name; itself where no mesh is in use."""
+  mesh = _current()
+  if mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, infer(mesh, tree))
+
+
+def parts(dimension: str) -> int:
+  """Into how many pieces a dimension is split in the mesh in use, if it divides; 1 without one."""
+  mesh = _current()
+  return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in _DIMENSIONS[dimension]]))
+
+
+def each_part(
+  function: Callable[..., jax.Array],
+  args: Sequence[jax.Array],
+  dimensions: Sequence[Sequence[str | None]],
+  out: Sequence[str | None],
+) -> jax.Array:
+  """`function` on each device's part of `args`, for kernels that the compiler cannot split; the whole without a mesh.
+
+  The parts are independent: `function` of the parts is the part of `function`.
+
+  Args:
+    function: of arrays, to an array of the first argument's shape.
+    args: whole arrays.
+    dimensions: of each argument, see `constrain`.
+    out: of the result.
+  """
+  mesh = _current()
+  if mesh is None:
+    return function(*args)
+  specs = tuple(_spec(mesh, names, x.shape) for names, x in zip(dimensions, args))
+  out_spec = _spec(mesh, out, args[0].shape)
+  return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_spec, check_vma=False)(*args)
+
+
+def platform() -> str:
+  """What is compiled for: "cpu", "gpu" or "tpu", of the mesh in use or of this process."""
+  mesh = _current()
+  device = None if mesh is None else mesh.abstract_device
+  name = jax.default_backend() if device is None or not device.platform else device.platform
+  return "gpu" if name in ("cuda", "rocm") else name
+
+
+def _current() -> AbstractMesh | None:
+  mesh = jax.sharding.get_abstract_mesh()
+  # Inside `each_part` axes are manual, and nothing is left to place.
+  return None if mesh.empty or mesh.manual_axes else mesh
+
+
+def _spec(mesh: Mesh | AbstractMesh, dimensions: Sequence[str | None], shape: Sequence[int]) -> P:
+  return P(*(_fitting(mesh, _DIMENSIONS[name], size) for name, size in zip(dimensions, shape, strict=True)))

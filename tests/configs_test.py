@@ -133,7 +133,7 @@ def test_tasks_know_their_options(name):
 def test_models_are_the_ones_they_are_named_after(name):
   for _, config in configs(name):
     model = config_lib.model_config(config, config.model.vocab_size)
-    assert model == SIZES[MODELS[name]]
+    assert model.sizes() == SIZES[MODELS[name]].sizes()
     assert decoder.num_params(model) == NUM_PARAMS[MODELS[name]]
   assert all(config.model.vocab_size == 0 for other in FILES.keys() - MODELS for _, config in configs(other))
 
@@ -145,7 +145,8 @@ def test_docstrings_figures_are_the_configurations(name):
   model = SIZES[MODELS[name]]
   rows = config.rollout.prompts_per_step * config.rollout.group_size
   columns = config.rollout.max_prompt_tokens + config.rollout.max_tokens
-  per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
+  itemsize = 2 if config.compute.dtype == "bfloat16" else 4
+  per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize
   assert f"{NUM_PARAMS[MODELS[name]]:,} parameters" in text
   line = next(line for line in text.splitlines() if "keys and values" in line)
   assert f"{per_token:,} bytes x {columns:,} tokens x {rows} rows" in line
@@ -227,7 +228,7 @@ def watch(patch, seen):
 
   def noting_steps(*args, **kwargs):
     steps = compile_steps(*args, **kwargs)
-    return steps._replace(update=lambda state, batch: note_batch(batch) or steps.update(state, batch))
+    return steps._replace(update=lambda state, batch, *rest: note_batch(batch) or steps.update(state, batch, *rest))
 
   def note_batch(batch):
     seen["batches"].append(jax.device_get(batch))

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rredcot_jax import losses, sharding, train_step, types
+from rredcot_jax import losses, sampling, scoring, sharding, train_step, types
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 
@@ -17,7 +17,11 @@ CONFIG = ModelConfig(
   vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, qkv_bias=True,
   tied_embeddings=False,
 )  # fmt: skip
-MESHES = [{"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 2, "tensor": 2}]
+MESHES = [
+  {"data": 2, "fsdp": 2},
+  {"data": 1, "fsdp": 2, "tensor": 2},
+  {"data": 1, "fsdp": 2, "sequence": 2},
+]
 # Plain descent: Adam divides by the gradient's size, which would blow rounding up to the step's.
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
@@ -68,10 +72,13 @@ def test_an_update_on_a_mesh_equals_one_device(name, axes):
   mesh = sharding.make_mesh(**axes)
   state = make_state()
   placement = sharding.infer(mesh, state)
-  update = jax.jit(
-    UPDATES[name],
-    in_shardings=(placement, sharding.batch(mesh)),
-    out_shardings=(placement, sharding.replicated(mesh)),
+  update = sharding.on(
+    mesh,
+    jax.jit(
+      UPDATES[name],
+      in_shardings=(placement, sharding.batch(mesh)),
+      out_shardings=(placement, sharding.replicated(mesh)),
+    ),
   )
   together, metrics = update(jax.device_put(state, placement), sharding.put_batch(mesh, make_batch()))
   expected, expected_metrics = alone(name)
@@ -127,4 +134,79 @@ def test_a_mesh_that_does_not_cover_the_devices_is_refused(axes):
 
 
 def test_data_takes_the_devices_that_are_left():
-  assert dict(sharding.make_mesh(fsdp=2).shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+  assert dict(sharding.make_mesh(fsdp=2).shape) == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}
+
+
+def test_parameters_split_over_the_sequence_axis_too():
+  mesh = sharding.make_mesh(data=1, fsdp=2, sequence=2)
+  placed = sharding.infer(mesh, jax.eval_shape(lambda: decoder.init(CONFIG, jax.random.key(0))))
+  assert placed["blocks"]["gate"].spec == P(None, ("fsdp", "sequence"), "tensor")
+  assert placed["embedding"].spec == P("tensor", ("fsdp", "sequence"))
+
+
+def test_a_layout_has_the_same_devices_in_the_same_order():
+  mesh = sharding.make_mesh(data=1, fsdp=4)
+  other = sharding.relayout(mesh, data=-1, tensor=2)
+  assert dict(other.shape) == {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 1}
+  assert list(other.devices.flat) == list(mesh.devices.flat)
+  assert sharding.relayout(mesh, data=0) is mesh
+  with pytest.raises(ValueError, match="needs 8 devices and there are 4"):
+    sharding.relayout(mesh, data=8)
+
+
+def test_constraints_need_no_mesh_and_leave_out_what_does_not_divide():
+  x = jnp.zeros((4, 6, 3))
+  assert sharding.constrain(x, "rows", "tokens", "heads") is x
+  mesh = sharding.make_mesh(data=1, fsdp=2, sequence=2)
+  with sharding.use(mesh):
+    placed = jax.jit(lambda x: sharding.constrain(x, "rows", "gathered_heads", "tokens"))(x)
+    # Three tokens do not split in two.
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3, 3)}
+    assert sharding.parts("rows") == sharding.parts("gathered_heads") == 2
+  assert sharding.parts("rows") == 1 and sharding.platform() == "cpu"
+
+
+ROLLOUT_MESHES = [
+  {"data": 1, "tensor": 2, "sequence": 2},
+  {"data": 2, "sequence": 2},
+  {"data": 1, "fsdp": 2, "tensor": 2},
+]
+
+
+@functools.cache
+def rolled_out(axes):
+  """Sampling and scoring of two rows of a bank on a mesh, or on one device without one."""
+  params = make_state().params
+  prompt_mask = np.arange(3) >= np.array([0, 2, 1, 0])[:, None]
+  prompts = np.random.default_rng(1).integers(2, 16, (4, 3)).astype(np.int32)
+  ends = np.array([[2, 5, 9]] * 4, np.int32)
+  segments = types.Segments(ends=ends, segment_ids=ends, num_segments=np.full(4, 3), num_merged=np.zeros(4, int))
+  tokens = np.random.default_rng(2).integers(2, 16, (4, 3, 2, 4)).astype(np.int32)
+  ones = np.ones(tokens.shape[:3], np.float32)
+  bank = types.Completions(tokens, tokens > 0, tokens > 0, utilities=ones, log_q=0 * ones, valid=ones > 0)
+  mesh = None if axes is None else sharding.relayout(sharding.make_mesh(fsdp=4), **dict(axes))
+  if mesh is not None:
+    params = jax.jit(lambda x: x, out_shardings=sharding.infer(mesh, params))(params)
+    assert len(params["blocks"]["query"].sharding.device_set) == 4
+    prompts, prompt_mask, segments, bank = sharding.put_batch(mesh, (prompts, prompt_mask, segments, bank))
+  with sharding.use(mesh):
+    rollout, cache = sampling.sample(
+      params, CONFIG, prompts, prompt_mask, jax.random.key(0), max_tokens=9, eos_id=-1, pad_id=0
+    )
+    score = functools.partial(scoring.score_with_cache, config=CONFIG, temperature=1.0, chunk_size=3)
+    scores = jax.jit(score)(params, cache=cache, rollout=rollout, segments=segments, completions=bank)
+  return rollout, scores, cache.key.addressable_shards[0].data.shape
+
+
+@pytest.mark.parametrize("axes", ROLLOUT_MESHES)
+def test_sampling_and_scoring_on_sharded_parameters_equal_one_device(axes):
+  rollout, scores, shape = rolled_out(tuple(axes.items()))
+  expected, expected_scores, whole = rolled_out(None)
+  np.testing.assert_array_equal(rollout.tokens, expected.tokens)
+  np.testing.assert_allclose(rollout.log_probs, expected.log_probs, atol=1e-5)
+  np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
+  # Each device has a quarter of the keys: of rows, key heads and columns.
+  sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1} | axes
+  assert shape == (
+    2, 4 // (sizes["data"] * sizes["fsdp"]), 2 // sizes["tensor"], whole[3] // sizes["sequence"], 4,
+  )  # fmt: skip

@@ -4,18 +4,26 @@ What is ours is the merge of two attention results by their log-sum-exp, which
 lets a branch attend to the keys of a trace that was run once and to its own
 keys in two calls (`jax.nn.dot_product_attention`), as if it had been run after
 that trace. Whole sequences and single tokens are written out because the
-library's order of the same products is 2.5 and 4 times slower on CPU.
+library's order of the same products is 2.5 and 4 times slower on CPU. On TPUs whole
+sequences go to JAX's Pallas kernel ("splash"), on GPUs to cuDNN's.
 """
+
+import math
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
 
+from rredcot_jax import sharding
 from rredcot_jax.model.config import ModelConfig
 
 _QUERY_BLOCK = 128
 _MAX_BLOCKS = 16  # Each is compiled on its own.
+_PREFIX_BLOCK = 2048  # Columns of a long prefix that branches look at together.
+_KERNEL_BLOCK = 512  # Queries and keys of a step of the Pallas kernel; a multiple of 128.
 _MASKED = -1e30  # A logit that is not looked at; finite, so that a row of nothing else has no NaN.
 
 
@@ -85,21 +93,83 @@ def rotary(x: chex.Array, turns: tuple[chex.Array, chex.Array]) -> chex.Array:
   return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
-def attend(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
+def attend(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array, kind: str = "blocks") -> chex.Array:
   """Causal softmax(q k^T / sqrt(D)) v of whole sequences with grouped query heads, softmax in float32.
 
-  Blocks of queries look at the keys up to their own end only, and the gradient
-  computes a block's weights again instead of keeping them: half the work of the
-  whole square, and memory that grows with S instead of S^2.
+  Where a mesh splits the tokens of a row, the heads are split over it instead
+  while they look at the whole sequence (Ulysses, arXiv 2309.14509).
 
   Args:
     query: [B, S, H, D].
     key, value: [B, S, KV, D], H a multiple of KV.
     mask: [B, S] bool, True on real tokens; a query sees real tokens up to its own.
       One that sees none gives finite garbage, which callers mask.
+    kind: static, one of `config.ATTENTIONS`; "auto" is what the platform has.
 
   Returns:
     [B, S, H, D].
+  """
+  query, key, value = (sharding.constrain(x, "rows", None, "gathered_heads", None) for x in (query, key, value))
+  if kind == "auto":
+    kind = {"tpu": "splash", "gpu": "cudnn"}.get(sharding.platform(), "blocks")
+    if kind == "cudnn" and query.dtype == jnp.float32:
+      kind = "blocks"  # cuDNN's kernel has 16 bits only.
+  if kind == "splash":
+    return _attend_splash(query, key, value, mask)
+  if kind == "cudnn":
+    seen = mask[:, None, None, :]
+    return jax.nn.dot_product_attention(query, key, value, mask=seen, is_causal=True, implementation="cudnn")
+  return _attend_blocks(query, key, value, mask)
+
+
+def _attend_splash(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
+  """`attend` by JAX's Pallas kernel, padded to whole blocks; padding is a segment of its own."""
+  s, h, d = query.shape[1:]
+  kv, parts = key.shape[2], sharding.parts("gathered_heads")
+  heads: str | None = "gathered_heads"
+  copies = math.lcm(kv, parts) // kv
+  if h % (kv * copies) == 0:
+    # Every device needs the key heads of its query heads: few key heads are repeated.
+    key, value = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (key, value))
+  else:
+    heads = None
+  block = min(_KERNEL_BLOCK, -(-s // 128) * 128)
+  room = -s % block
+  by_head = lambda x: jnp.swapaxes(jnp.pad(x, [(0, 0), (0, room), (0, 0), (0, 0)]), 1, 2)
+  segments = jnp.pad(mask, [(0, 0), (0, room)]).astype(jnp.int32)
+  blocks = splash_attention.BlockSizes(
+    block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+  )
+
+  # Elsewhere than on a TPU the kernel is interpreted, which tests do. Within a part there is no mesh to ask.
+  interpret = sharding.platform() != "tpu"
+
+  def attend_part(query: chex.Array, key: chex.Array, value: chex.Array, segments: chex.Array) -> chex.Array:
+    causal = splash_attention.CausalMask((s + room, s + room))
+    kernel = splash_attention.make_splash_mha(
+      splash_attention.MultiHeadMask([causal] * query.shape[1]), block_sizes=blocks, head_shards=1, q_seq_shards=1,
+      residual_checkpoint_name="attention", interpret=interpret,
+    )  # fmt: skip
+    return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash_attention.SegmentIds(ids, ids)))(
+      query, key, value, segments
+    )
+
+  split = ("rows", heads, None, None)
+  out = sharding.each_part(
+    attend_part,
+    (by_head(query * d**-0.5), by_head(key), by_head(value), segments),
+    (split, split, split, ("rows", None)),
+    split,
+  )
+  return jnp.swapaxes(out, 1, 2)[:, :s]
+
+
+def _attend_blocks(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
+  """`attend` in XLA's operations.
+
+  Blocks of queries look at the keys up to their own end only, and the gradient
+  computes a block's weights again instead of keeping them: half the work of the
+  whole square, and memory that grows with S instead of S^2.
   """
   size = query.shape[1]
   block = max(_QUERY_BLOCK, -(-size // _MAX_BLOCKS))
@@ -177,7 +247,8 @@ def attend_with_prefix(
 
   Equal to one softmax over the concatenated keys: with o_i, l_i the result and
   the log-sum-exp of each part, o = sum_i exp(l_i) o_i / sum_i exp(l_i). A branch
-  whose prefix mask is empty attends to itself alone.
+  whose prefix mask is empty attends to itself alone. A long prefix is taken in
+  blocks, merged alike, so that memory does not grow with M S C.
 
   Args:
     query: [B, M, S, H, D] branch queries, rotary positions continuing the prefix.
@@ -189,12 +260,7 @@ def attend_with_prefix(
     [B, M, S, H, D].
   """
   b, m, s, h, d = query.shape
-  c = prefix_key.shape[2]
-  prefix_key, prefix_value = (jnp.swapaxes(x, 1, 2) for x in (prefix_key, prefix_value))
-  mask = jnp.broadcast_to(prefix_mask[:, :, None], (b, m, s, c)).reshape(b, 1, m * s, c)
-  over_prefix, prefix_lse = jax.nn.dot_product_attention(
-    query.reshape(b, m * s, h, d), prefix_key, prefix_value, mask=mask, return_residual=True
-  )
+  over_prefix, prefix_lse = _attend_prefix(query.reshape(b, m * s, h, d), prefix_key, prefix_value, prefix_mask)
   flat = lambda x: x.reshape(b * m, s, *x.shape[3:])
   over_self, self_lse = jax.nn.dot_product_attention(
     flat(query), flat(key), flat(value), is_causal=True, return_residual=True
@@ -207,6 +273,43 @@ def attend_with_prefix(
     over_self.reshape(b, m, s, h, d),
     self_lse.reshape(b, m, s, h),
   )
+
+
+def _attend_prefix(
+  query: chex.Array, prefix_key: chex.Array, prefix_value: chex.Array, prefix_mask: chex.Array
+) -> tuple[chex.Array, chex.Array]:
+  """[B, M S, H, D] queries over the [B, KV, C, D] keys of `prefix_mask` [B, M, C]; and the log-sum-exp [B, M S, H]."""
+  b, m, c = prefix_mask.shape
+
+  def attend_block(key: chex.Array, value: chex.Array, mask: chex.Array) -> tuple[chex.Array, chex.Array]:
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    columns = mask.shape[2]
+    mask = jnp.broadcast_to(mask[:, :, None], (b, m, query.shape[1] // m, columns)).reshape(b, 1, -1, columns)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, return_residual=True)
+
+  if c <= _PREFIX_BLOCK:
+    return attend_block(prefix_key, prefix_value, prefix_mask)
+
+  # A block has columns of every part that a mesh splits them into: their order does not matter.
+  parts = sharding.parts("tokens")
+  count = -(-c // _PREFIX_BLOCK)
+  room = -c % (parts * count)
+  prefix_key, prefix_value = (jnp.pad(x, [(0, 0), (0, 0), (0, room), (0, 0)]) for x in (prefix_key, prefix_value))
+  split = lambda x, axis: jnp.moveaxis(x.reshape(*x.shape[:axis], parts, count, -1, *x.shape[axis + 1 :]), axis + 1, 0)
+  blocks = (split(prefix_key, 2), split(prefix_value, 2), split(jnp.pad(prefix_mask, [(0, 0), (0, 0), (0, room)]), 2))
+
+  def add_block(carry: tuple[chex.Array, chex.Array], block: tuple[chex.Array, ...]) -> Any:
+    key, value, mask = block
+    together = lambda x, axis: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    mask = together(mask, 2)
+    out, lse = attend_block(together(key, 2), together(value, 2), mask)
+    some = jnp.repeat(jnp.any(mask, axis=-1), query.shape[1] // m, axis=1)[..., None]
+    lse = jnp.where(some, lse.astype(jnp.float32), _MASKED)
+    return (merge(carry[0], carry[1], out.astype(jnp.float32), lse), jnp.logaddexp(carry[1], lse)), None
+
+  start = (jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], _MASKED))
+  (out, lse), _ = jax.lax.scan(add_block, start, blocks)
+  return out.astype(query.dtype), lse
 
 
 def attend_branches(

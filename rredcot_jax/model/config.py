@@ -1,6 +1,13 @@
 """Sizes of the decoder: one frozen record that covers Llama, Qwen2 and Qwen3, and the models known by name."""
 
 import dataclasses
+from typing import Any
+
+from rredcot_jax.types import check_option
+
+DTYPES = ("float32", "bfloat16")
+REMATS = ("dots", "none", "attention", "full")
+ATTENTIONS = ("auto", "blocks", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +44,36 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compute:
+  """How a model is computed: changes its speed and memory, and its result by rounding alone.
+
+  dtype: of matrix products and of what is kept between them, one of `DTYPES`.
+    Parameters and the optimizer's state stay float32 and are rounded when used; norms,
+    softmax, log-probabilities and sums of gradients are float32.
+  remat: what a layer keeps for its gradient besides its input, the rest being computed
+    again; one of `REMATS`: "dots" the results of matrix products with parameters and
+    attention's, "none" everything (nothing is computed again), "attention" attention's result
+    alone, "full" nothing.
+  attention: of whole sequences, one of `ATTENTIONS`: "blocks" ours, "splash" JAX's Pallas
+    kernel for TPUs, "cudnn" for GPUs, "auto" the one that the platform has.
+  log_prob_chunk: tokens of a row whose log-probabilities over the vocabulary exist at
+    once, forward and backward; 0 is all of them.
+  """
+
+  dtype: str = "float32"
+  remat: str = "dots"
+  attention: str = "auto"
+  log_prob_chunk: int = 0
+
+  def __post_init__(self) -> None:
+    check_option("compute.dtype", self.dtype, DTYPES)
+    check_option("compute.remat", self.remat, REMATS)
+    check_option("compute.attention", self.attention, ATTENTIONS)
+    if self.log_prob_chunk < 0:
+      raise ValueError(f"compute.log_prob_chunk={self.log_prob_chunk} must be at least 0; 0 is the whole trace.")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder's shape. Hashable, so it can be a static argument under jit.
 
@@ -58,6 +95,7 @@ class ModelConfig:
   qk_norm: bool = False
   tied_embeddings: bool = True
   max_positions: int = 0  # The longest sequence the model is meant for; 0 where that is not known.
+  compute: Compute = Compute()
 
   def __post_init__(self) -> None:
     for field in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
@@ -70,6 +108,12 @@ class ModelConfig:
       )
     if self.head_dim % 2:
       raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs.")
+
+  def sizes(self) -> dict[str, Any]:
+    """What the model is, without how it is computed."""
+    sizes = dataclasses.asdict(self)
+    del sizes["compute"]
+    return sizes
 
 
 def _smollm2(width: int, layers: int, heads: int, kv: int, mlp: int, theta: float) -> ModelConfig:

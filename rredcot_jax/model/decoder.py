@@ -21,11 +21,23 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.ad_checkpoint import checkpoint_name
 
+from rredcot_jax import sharding
 from rredcot_jax.model import attention
 from rredcot_jax.model.config import ModelConfig
 
 Params = Any
+
+_KEPT = jax.checkpoint_policies.save_only_these_names("attention")
+# By `Compute.remat`. "dots" keeps the kernels' attention too, which has no matrix product to be told by.
+_POLICIES = {
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KEPT
+  ),
+  "attention": _KEPT,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @struct.dataclass
@@ -42,7 +54,11 @@ class Cache:
 
   def extended(self, columns: int) -> "Cache":
     """The cache with room for `columns` more tokens."""
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, columns), (0, 0)]), self)
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, columns), (0, 0)]), self).placed()
+
+  def placed(self) -> "Cache":
+    """The cache split by rows, key heads and, where a mesh splits tokens, columns."""
+    return jax.tree.map(lambda x: sharding.constrain(x, None, "rows", "heads", "tokens", None), self)
 
 
 class Block(nnx.Module):
@@ -101,6 +117,13 @@ def num_params(config: ModelConfig) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+def rounded(params: Params, config: ModelConfig) -> Params:
+  """The parameters in the type that they are computed with; norms keep theirs."""
+  dtype = jnp.dtype(config.compute.dtype)
+  round_one = lambda path, x: x if any("norm" in str(key) for key in path) else x.astype(dtype)
+  return jax.tree_util.tree_map_with_path(round_one, params)
+
+
 def forward(params: Params, config: ModelConfig, tokens: chex.Array, mask: chex.Array) -> tuple[chex.Array, Cache]:
   """Runs whole sequences, padded on either side.
 
@@ -115,7 +138,7 @@ def forward(params: Params, config: ModelConfig, tokens: chex.Array, mask: chex.
   """
   chex.assert_rank([tokens, mask], 2)
   chex.assert_equal_shape([tokens, mask])
-  return forward_from_embeddings(params, config, _embed(params, tokens), mask)
+  return forward_from_embeddings(params, config, _embed(params, config, tokens), mask)
 
 
 def forward_from_embeddings(
@@ -138,10 +161,10 @@ def forward_from_embeddings(
 
   def attend(query: chex.Array, key: chex.Array, value: chex.Array, carry: None, layer: chex.Array) -> Any:
     kept = Cache(key=jnp.swapaxes(key, 1, 2), value=jnp.swapaxes(value, 1, 2))
-    return attention.attend(query, key, value, mask), carry, kept
+    return attention.attend(query, key, value, mask, config.compute.attention), carry, kept
 
   hidden, _, cache = _run_layers(params, config, x, positions, attend, None)
-  return hidden, cache
+  return hidden, cache.placed()
 
 
 def attention_weights(params: Params, config: ModelConfig, tokens: chex.Array, mask: chex.Array) -> chex.Array:
@@ -161,7 +184,8 @@ def attention_weights(params: Params, config: ModelConfig, tokens: chex.Array, m
   chex.assert_equal_shape([tokens, mask])
 
   def attend(query: chex.Array, key: chex.Array, value: chex.Array, carry: None, layer: chex.Array) -> Any:
-    return attention.attend(query, key, value, mask), carry, attention.mean_weights(query, key, mask)
+    mixed = attention.attend(query, key, value, mask, config.compute.attention)
+    return mixed, carry, attention.mean_weights(query, key, mask)
 
   _, _, weights = _run(params, config, tokens, positions_of(mask), attend, None)
   return weights
@@ -291,8 +315,17 @@ def decode_branches(
 
 def logits(params: Params, hidden: chex.Array) -> chex.Array:
   """Next-token logits [..., V] float32 of hidden states [..., D]."""
-  head = params["head"] if "head" in params else params["embedding"]
-  return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+  return project_to_words(head_of(params), hidden)
+
+
+def head_of(params: Params) -> chex.Array:
+  """[V, D], what hidden states are compared with."""
+  return params["head"] if "head" in params else params["embedding"]
+
+
+def project_to_words(head: chex.Array, hidden: chex.Array) -> chex.Array:
+  """`logits` with the head given, which is rounded to the hidden states' type."""
+  return jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def positions_of(mask: chex.Array) -> chex.Array:
@@ -310,11 +343,16 @@ def _run(
   layers: Any = None,
 ) -> tuple[chex.Array, Any, Any]:
   """`_run_layers` of tokens."""
-  return _run_layers(params, config, _embed(params, tokens), positions, attend, carry, layers)
+  return _run_layers(params, config, _embed(params, config, tokens), positions, attend, carry, layers)
 
 
-def _embed(params: Params, tokens: chex.Array) -> chex.Array:
-  return jnp.take(params["embedding"], tokens, axis=0)
+def _embed(params: Params, config: ModelConfig, tokens: chex.Array) -> chex.Array:
+  return _placed(jnp.take(params["embedding"], tokens, axis=0).astype(config.compute.dtype))
+
+
+def _placed(x: chex.Array) -> chex.Array:
+  """[B, S, D] or [B, M, S, D] between layers: by rows and, where a mesh splits them, tokens or branches."""
+  return sharding.constrain(x, "rows", "tokens", *[None] * (x.ndim - 2))
 
 
 def _run_layers(
@@ -329,20 +367,22 @@ def _run_layers(
   """Scans the layers; `attend` decides what the queries of a layer look at."""
   layers = jnp.arange(config.num_layers) if layers is None else layers
   turns = attention.rotary_turns(positions, config)
+  blocks = rounded(params["blocks"], config)
 
-  # The gradient keeps what matrix products made and computes the rest again: memory traffic costs more than that.
-  @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False)
   def layer_step(state: tuple[chex.Array, Any], scanned: tuple[Any, Any]) -> Any:
     x, carry = state
     block, layer = scanned
     query, key, value = _project(block, config, _rms_norm(x, block["attention_norm"], config), turns)
     mixed, carry, kept = attend(query, key, value, carry, layer)
+    mixed = checkpoint_name(mixed, "attention") if config.compute.remat == "attention" else mixed
     x = x + _linear(mixed.reshape(*x.shape[:-1], -1), block["out"].reshape(-1, config.width))
     y = _rms_norm(x, block["mlp_norm"], config)
     x = x + _linear(jax.nn.silu(_linear(y, block["gate"])) * _linear(y, block["up"]), block["down"])
-    return (x, carry), kept
+    return (_placed(x), carry), kept
 
-  (x, carry), kept = jax.lax.scan(layer_step, (x, carry), (params["blocks"], layers))
+  if config.compute.remat != "none":
+    layer_step = jax.checkpoint(layer_step, policy=_POLICIES[config.compute.remat], prevent_cse=False)
+  (x, carry), kept = jax.lax.scan(layer_step, (x, carry), (blocks, layers))
   return _rms_norm(x, params["final_norm"], config), carry, kept
 
 
@@ -368,4 +408,4 @@ def _linear(x: chex.Array, weight: chex.Array) -> chex.Array:
 def _rms_norm(x: chex.Array, scale: chex.Array, config: ModelConfig) -> chex.Array:
   x32 = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_epsilon)
-  return (x32 * inverse).astype(x.dtype) * jnp.expand_dims(scale, range(x.ndim - 1))
+  return (x32 * inverse * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)

@@ -166,7 +166,7 @@ def load(
   # A forged config may ask for any shape: nothing is allocated before the tensors are known to have it.
   abstract = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
   _check(config, abstract, source)
-  mesh = mesh or jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+  mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   placement = sharding.infer(mesh, abstract)
 
   def fill(key_path: tuple, leaf: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> jax.Array:

@@ -1,0 +1,217 @@
+"""Compiles a configuration's training step for TPUs that are not there, and says whether it fits and what it costs.
+
+    pip install -e '.[experiments,tpu-compile]'
+    python tools/tpu_compile.py --config configs/qwen3_4b_numina_math.py --topology v5p:2x2x4
+    python tools/tpu_compile.py --config configs/demo.py:rredcot --topology v5e:2x2 --config.mesh.fsdp=4 --search
+
+Sampling, scoring and the update are compiled by libtpu on this machine's CPU for the
+topology named, placed as the configuration's meshes say. **Nothing runs**: memory is
+what the compiler allocates, arithmetic and collectives are read from the compiled text
+with every loop counted as often as it runs (sampling as if no trace ended early), and
+the floor of the time is that of the busiest of three resources at its published peak.
+A measured step can only be longer.
+
+Memory of a program is beside what stays on the chip while it runs: the train state
+while sampling and scoring. `--search` looks for the largest batch, in doublings of
+rollout.prompts_per_step, and for it the remat policy that computes least again, with the
+fewest microbatches. The last line is one JSON object; exit status 1 if something does
+not fit.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from typing import Any
+
+# Before jax is imported: nothing here may look for a TPU, and compiling needs none.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+
+import importlib.util
+
+import jax
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import ConfigDict, config_flags
+
+from rredcot_jax import compiled as costs
+from rredcot_jax import config as config_lib
+from rredcot_jax import sharding, tasks
+from rredcot_jax.types import check_option
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
+TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x4", "Generation and shape of the slice, such as v5e:8x8.")
+PROGRAMS = flags.DEFINE_list("programs", ["sample", "score", "update"], "Which to compile.")
+SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch and the cheapest remat policy that fit.")
+
+_REMATS = ("none", "dots", "attention", "full")  # From least computed again to most.
+
+
+def main(_: Any) -> None:
+  config = CONFIG.value
+  config_lib.validate(config)
+  check_option("generation of --topology", TOPOLOGY.value.split(":")[0], tuple(costs.CHIPS))
+  devices = devices_of(TOPOLOGY.value)
+  vocab_size = vocabulary(config)
+  if SEARCH.value:
+    found = search(config, vocab_size, devices)
+    if found is None:
+      print(json.dumps({"topology": TOPOLOGY.value, "fits": False}))
+      sys.exit(1)
+    config = found
+  result = compile_all(config, vocab_size, devices, PROGRAMS.value)
+  result = {"topology": TOPOLOGY.value, "chips": len(devices), **settings(config), **result}
+  show(result)
+  print(json.dumps(result))
+  sys.exit(0 if result["fits"] else 1)
+
+
+def devices_of(topology: str) -> Any:
+  """The devices of a slice that is not there."""
+  if importlib.util.find_spec("libtpu") is None:
+    raise SystemExit("libtpu is not installed: pip install -e '.[experiments,tpu-compile]'")
+  return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def vocabulary(config: ConfigDict) -> int:
+  """The model's words: configured, or the tokenizer's."""
+  return config.model.vocab_size or len(tasks.make_task(**config_lib.task_options(config, "train")).tokenizer)
+
+
+def settings(config: ConfigDict) -> dict[str, Any]:
+  axes = lambda mesh: {axis: mesh[axis] for axis in sharding.AXES}
+  return {
+    "rows": config.rollout.prompts_per_step * config.rollout.group_size,
+    "tokens": [config.rollout.max_prompt_tokens, config.rollout.max_tokens],
+    "mesh": axes(config.mesh),
+    "rollout_mesh": axes(config.rollout_mesh) if config.rollout_mesh.data else "as mesh",
+    "compute": config.compute.to_dict(),
+  }
+
+
+def compile_all(config: ConfigDict, vocab_size: int, devices: Any, names: list[str]) -> dict[str, Any]:
+  """Compiles the programs; a dict of plain numbers, bytes and FLOPs a chip."""
+  chip = costs.CHIPS[TOPOLOGY.value.split(":")[0]]
+  model = config_lib.model_config(config, vocab_size)
+  state, _ = costs.abstract_state(config, model, sharding.make_mesh(**config.mesh, devices=devices))
+  resident = costs.bytes_a_chip(state)
+  programs = costs.programs(config, vocab_size, devices)
+  result: dict[str, Any] = {"hbm": chip.hbm, "train_state": resident, "programs": {}}
+  for name in (name for name in programs if name in names):
+    beside = 0 if name == "update" else resident
+    began = time.perf_counter()
+    try:
+      compiled = programs[name]().compile()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      result["programs"][name] = {"fits": False, "needs": needed(str(error)), "resident": beside}
+      continue
+    seconds = time.perf_counter() - began
+    counts = costs.count(compiled.as_text())
+    once = compiled.cost_analysis() or {}
+    memory = costs.memory(compiled)
+    # XLA counts the bytes of a loop's body once; they are scaled as the arithmetic is, which it also counts once.
+    products = counts.flops - counts.kernel_flops
+    traffic = once.get("bytes accessed", 0.0) * max(products / max(once.get("flops", 0.0), 1.0), 1.0)
+    result["programs"][name] = {
+      "fits": memory["peak"] + beside <= chip.hbm,
+      **memory,
+      "resident": beside,
+      "flops": counts.flops,
+      "kernel_flops": counts.kernel_flops,
+      "flops_xla_counts_once": once.get("flops", 0.0),
+      "hbm_bytes": traffic,
+      "collective_bytes": dict(counts.collective_bytes),
+      "collective_calls": dict(counts.collective_calls),
+      "floor_seconds": costs.floors(counts, traffic, chip),
+      "compile_seconds": round(seconds, 1),
+    }
+  result["fits"] = all(program["fits"] for program in result["programs"].values())
+  return result
+
+
+def needed(message: str) -> str:
+  """What the compiler says that a program would take."""
+  found = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
+  return found.group(1) if found else message.splitlines()[0][:200]
+
+
+def show(result: dict[str, Any]) -> None:
+  gib = lambda size: f"{size / 2**30:.2f}"
+  print(f"{result['topology']}, {result['chips']} chips of {gib(result['hbm'])} GiB; {result['rows']} rows")
+  print(f"{'a chip':26s}" + "".join(f"{name:>14s}" for name in result["programs"]))
+  done = [program if "peak" in program else None for program in result["programs"].values()]
+
+  def row(title: str, value: Any) -> None:
+    print(f"{title:26s}" + "".join(f"{value(one) if one else '-':>14s}" for one in done))
+
+  for name in ("arguments", "outputs", "temporaries", "peak", "resident"):
+    row(f"{name}, GiB", lambda one, name=name: gib(one[name]))
+  print(f"{'fits':26s}" + "".join(f"{'yes' if p['fits'] else 'NO':>14s}" for p in result["programs"].values()))
+  for name, program in result["programs"].items():
+    if "needs" in program:
+      print(f"  {name} needs {program['needs']}")
+  row("TFLOP", lambda one: f"{one['flops'] / 1e12:.3g}")
+  row("  of them in kernels", lambda one: f"{one['kernel_flops'] / 1e12:.3g}")
+  row("HBM traffic, GB (scaled)", lambda one: f"{one['hbm_bytes'] / 1e9:.3g}")
+  row("FLOP a byte", lambda one: f"{one['flops'] / max(one['hbm_bytes'], 1):.3g}")
+  for kind in costs.COLLECTIVES:
+    if any(one and one["collective_calls"].get(kind) for one in done):
+      row(
+        f"{kind}, GB (calls)",
+        lambda one, kind=kind: (
+          f"{one['collective_bytes'].get(kind, 0) / 1e9:.3g} ({one['collective_calls'].get(kind, 0):.0f})"
+        ),
+      )
+  for resource in ("compute", "memory", "network"):
+    row(f"floor by {resource}, s", lambda one, resource=resource: f"{one['floor_seconds'][resource]:.3g}")
+  row("compiled in, s", lambda one: f"{one['compile_seconds']:.1f}")
+
+
+def search(config: ConfigDict, vocab_size: int, devices: Any) -> ConfigDict | None:
+  """The configuration with the largest batch that fits and the cheapest remat policy and microbatches for it."""
+
+  def fits(names: list[str], **changes: Any) -> bool:
+    result = compile_all(changed(config, changes), vocab_size, devices, names)
+    print(f"  {changes}: {'fits' if result['fits'] else 'does not fit'}", flush=True)
+    return result["fits"]
+
+  def smallest_part(prompts: int) -> int:
+    """Microbatches of one row a device."""
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    return max(prompts * config.rollout.group_size // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
+
+  prompts, best = config.rollout.prompts_per_step, None
+  while fits(["sample", "score"], prompts=prompts) and fits(
+    ["update"], prompts=prompts, remat=_REMATS[-1], microbatches=smallest_part(prompts)
+  ):
+    best, prompts = prompts, prompts * 2
+  if best is None:
+    return None
+  for remat in _REMATS:
+    microbatches = 1
+    while microbatches <= smallest_part(best):
+      changes = {"prompts": best, "remat": remat, "microbatches": microbatches}
+      if fits(["update"], **changes):
+        return changed(config, changes)
+      microbatches *= 2
+  return None
+
+
+def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+  config = ConfigDict(config.to_dict())
+  config.rollout.prompts_per_step = changes.get("prompts", config.rollout.prompts_per_step)
+  config.compute.remat = changes.get("remat", config.compute.remat)
+  config.compute.microbatches = changes.get("microbatches", config.compute.microbatches)
+  return config
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main)
