@@ -25,7 +25,7 @@ EXAMPLES = (
 STEPS, WARM_UP = 6, 2
 
 
-def shrunk(name):
+def shrunk(name, cache_dir):
   """The example with its own task, credit, precision and layout, and a model and batches for four CPU devices."""
   spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
   module = importlib.util.module_from_spec(spec)
@@ -38,6 +38,7 @@ def shrunk(name):
       task.options.tokenizer_dir = str(datasets.TOKENIZER_DIR)
     if "data_dir" in task.options:
       task.options.data_dir = str(ROOT / "tests" / "data")
+      task.options.cache_dir = str(cache_dir)
     if "size" in task.options:
       task.options.size = 32
   config.num_steps = STEPS
@@ -75,10 +76,10 @@ def test_nothing_is_compiled_after_the_warm_up_steps(name, tmp_path, monkeypatch
   monkeypatch.setattr(metrics.MetricsWriter, "write", noting)
   jax.monitoring.register_event_duration_secs_listener(count)
   try:
-    config = shrunk(name)
+    config = shrunk(name, tmp_path / "cache")
     config_lib.validate(config)
-    train.claim_workdir(tmp_path, config, "test", resume=True)
-    train.run(config, tmp_path)
+    train.claim_workdir(tmp_path / "run", config, "test", resume=True)
+    train.run(config, tmp_path / "run")
   finally:
     jax.monitoring.unregister_event_duration_listener(count)
   assert max(at_step) == STEPS and at_step[1] > 0
