@@ -89,7 +89,7 @@ def test_killed_at_random_moments_a_run_repeats_bit_for_bit(tmp_path, kills):
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
   command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(tmp_path), str(kills), "0"]
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300 + 90 * kills, check=False)
   logs = "".join(path.read_text(errors="replace")[-2000:] for path in tmp_path.glob("*.log"))
   assert done.returncode == 0, done.stderr[-2000:] + logs
   kept = json.loads(done.stdout.splitlines()[-1])

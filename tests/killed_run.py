@@ -34,18 +34,26 @@ def get_config(kills: int) -> ConfigDict:
   config.rollout.max_tokens, config.rollout.prompts_per_step, config.rollout.group_size = 8, 2, 2
   config.evaluation.num_prompts, config.evaluation.samples, config.evaluation.rows = 2, 2, 4
   config.checkpoint.every = 1
-  config.num_steps = 4 * kills + 4
+  config.num_steps = 2 * kills + 4
   config.evaluation.every = config.num_steps // 2
   return config
 
 
-def live(workdir: pathlib.Path, config: ConfigDict, events: int) -> None:
-  """Runs or resumes `workdir`; writes a byte to `events` in each step ("s") and when a save goes on behind ("c")."""
+def live(workdir: pathlib.Path, config: ConfigDict, events: int, most: float) -> None:
+  """Runs or resumes `workdir`; writes a byte to `events` in each step ("s") and when a save goes on behind ("c").
+
+  In step number `most` it waits for its end, so that a machine too busy to kill it in time does not let it finish.
+  """
+  steps = 0
 
   def announced(original, letter):
     def call(*args):
+      nonlocal steps
       result = original(*args)
       os.write(events, letter)
+      steps += letter == b"s"
+      if steps >= most:
+        signal.pause()
       return result
 
     return call
@@ -75,7 +83,7 @@ def life(workdir: pathlib.Path, config: ConfigDict, kill: tuple[str, int, float]
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-      live(workdir, config, writing)
+      live(workdir, config, writing, 3 if kill else math.inf)
     except BaseException:
       sys.excepthook(*sys.exc_info())
       os._exit(1)
