@@ -42,6 +42,7 @@ CHIPS = {
   "v6e": Chip(32 * 2**30, 918e12, 1.640e12, 448e9),
 }
 
+REMATS_BY_COST = ("none", "dots", "attention", "full")  # From least computed again to most.
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 _BYTES: dict[str, float] = {
@@ -392,3 +393,35 @@ def floors(counts: Counts, hbm_bytes: float, chip: Chip) -> dict[str, float]:
     "memory": hbm_bytes / chip.hbm_bandwidth,
     "network": float(np.sum(list(counts.collective_bytes.values()))) / chip.ici_bandwidth,
   }
+
+
+def search(
+  fits: Callable[[list[str], dict[str, Any]], bool], prompts: int, *, group_size: int, row_parts: int
+) -> dict[str, Any] | None:
+  """The largest batch that fits, and for it the remat policy that computes least again with the fewest microbatches.
+
+  Args:
+    fits: (programs, changes) -> whether they fit; changes are prompts, remat and microbatches.
+    prompts: a step's, to begin with; doubled while sampling and scoring fit, and the update at its smallest.
+    group_size: rows a prompt.
+    row_parts: devices that rows are split over; a microbatch has at least a row for each.
+
+  Returns:
+    The changes, or None if not even the first batch fits.
+  """
+  smallest = lambda prompts: max(prompts * group_size // row_parts, 1)
+  best = None
+  while fits(["sample", "score"], {"prompts": prompts}) and fits(
+    ["update"], {"prompts": prompts, "remat": REMATS_BY_COST[-1], "microbatches": smallest(prompts)}
+  ):
+    best, prompts = prompts, 2 * prompts
+  if best is None:
+    return None
+  for remat in REMATS_BY_COST:
+    microbatches = 1
+    while microbatches <= smallest(best):
+      changes = {"prompts": best, "remat": remat, "microbatches": microbatches}
+      if fits(["update"], changes):
+        return changes
+      microbatches *= 2
+  return None

@@ -49,8 +49,6 @@ TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x4", "Generation and shape of
 PROGRAMS = flags.DEFINE_list("programs", ["sample", "score", "update"], "Which to compile.")
 SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch and the cheapest remat policy that fit.")
 
-_REMATS = ("none", "dots", "attention", "full")  # From least computed again to most.
-
 
 def main(_: Any) -> None:
   config = CONFIG.value
@@ -138,22 +136,22 @@ def compile_all(config: ConfigDict, vocab_size: int, devices: Any, names: list[s
 
 def needed(message: str) -> str:
   """What the compiler says that a program would take."""
-  found = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
-  return found.group(1) if found else message.splitlines()[0][:200]
+  found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
+  return "{} of temporaries, of {} in all".format(*found.groups()) if found else message.splitlines()[0][:200]
 
 
 def show(result: dict[str, Any]) -> None:
   gib = lambda size: f"{size / 2**30:.2f}"
   print(f"{result['topology']}, {result['chips']} chips of {gib(result['hbm'])} GiB; {result['rows']} rows")
-  print(f"{'a chip':26s}" + "".join(f"{name:>14s}" for name in result["programs"]))
+  print(f"{'a chip':26s}" + "".join(f"{name:>20s}" for name in result["programs"]))
   done = [program if "peak" in program else None for program in result["programs"].values()]
 
   def row(title: str, value: Any) -> None:
-    print(f"{title:26s}" + "".join(f"{value(one) if one else '-':>14s}" for one in done))
+    print(f"{title:26s}" + "".join(f"{value(one) if one else '-':>20s}" for one in done))
 
   for name in ("arguments", "outputs", "temporaries", "peak", "resident"):
     row(f"{name}, GiB", lambda one, name=name: gib(one[name]))
-  print(f"{'fits':26s}" + "".join(f"{'yes' if p['fits'] else 'NO':>14s}" for p in result["programs"].values()))
+  print(f"{'fits':26s}" + "".join(f"{'yes' if p['fits'] else 'NO':>20s}" for p in result["programs"].values()))
   for name, program in result["programs"].items():
     if "needs" in program:
       print(f"  {name} needs {program['needs']}")
@@ -176,32 +174,18 @@ def show(result: dict[str, Any]) -> None:
 
 def search(config: ConfigDict, vocab_size: int, devices: Any) -> ConfigDict | None:
   """The configuration with the largest batch that fits and the cheapest remat policy and microbatches for it."""
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
 
-  def fits(names: list[str], **changes: Any) -> bool:
+  def fits(names: list[str], changes: dict[str, Any]) -> bool:
     result = compile_all(changed(config, changes), vocab_size, devices, names)
-    print(f"  {changes}: {'fits' if result['fits'] else 'does not fit'}", flush=True)
+    print(f"  {', '.join(names)} with {changes}: {'fits' if result['fits'] else 'does not fit'}", flush=True)
     return result["fits"]
 
-  def smallest_part(prompts: int) -> int:
-    """Microbatches of one row a device."""
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    return max(prompts * config.rollout.group_size // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
-
-  prompts, best = config.rollout.prompts_per_step, None
-  while fits(["sample", "score"], prompts=prompts) and fits(
-    ["update"], prompts=prompts, remat=_REMATS[-1], microbatches=smallest_part(prompts)
-  ):
-    best, prompts = prompts, prompts * 2
-  if best is None:
-    return None
-  for remat in _REMATS:
-    microbatches = 1
-    while microbatches <= smallest_part(best):
-      changes = {"prompts": best, "remat": remat, "microbatches": microbatches}
-      if fits(["update"], **changes):
-        return changed(config, changes)
-      microbatches *= 2
-  return None
+  found = costs.search(
+    fits, config.rollout.prompts_per_step, group_size=config.rollout.group_size,
+    row_parts=mesh.shape["data"] * mesh.shape["fsdp"],
+  )  # fmt: skip
+  return None if found is None else changed(config, found)
 
 
 def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
