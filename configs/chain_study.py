@@ -41,7 +41,9 @@ def get_config(arg: str = "full") -> ConfigDict:
   study.gradient_estimators = (
     "grpo",
     "grpo:unscaled",
+    "grpo:return",
     "rredcot_suffix:difference",
+    "rredcot_suffix:action_value",
     "rredcot_suffix:signed",
     "rredcot_suffix:magnitude",
     "rredcot_answer_forced:difference",

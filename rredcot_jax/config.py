@@ -193,7 +193,7 @@ def add_study(config: ConfigDict) -> None:
   study.gradient_prompts = 4  # Fixed prompts for the gradient's variance; 0 leaves it out.
   study.gradient_groups = 64  # Independent groups of rollouts of each, at least 2.
   study.groups_at_once = 8
-  # "<method>:<credit.mode>", "grpo" (what others are over) or "grpo:unscaled" (its unbiased form).
+  # What `study.token_advantages` knows: "<method>:<mode>", or "grpo" (what others are over) in one of its forms.
   study.gradient_estimators = ()
   study.gradient_reference = "monte_carlo:difference"  # One of them whose mean is the policy gradient.
   study.gradient_part = "all"  # gradients.PARTS

@@ -233,7 +233,12 @@ class Moments:
 def token_advantages(
   spec: str, estimates: Mapping[str, Estimate], traces: Traces, group_size: int, temperature: float
 ) -> jax.Array:
-  """[B, T] advantages of "<method>:<mode>", of "grpo", or of "grpo:unscaled", its unbiased form."""
+  """[B, T] advantages of "<method>:<mode>", or of one of GRPO's forms.
+
+  Modes are `advantages.MODES` and "action_value": v(s_{k+1}) on the tokens of segment k, unbiased as
+  "difference" is, but with no baseline. "grpo" is GRPO, "grpo:unscaled" its unbiased form (leave-one-out
+  baseline, no deviation), "grpo:return" R on every token.
+  """
   method, _, mode = spec.partition(":")
   unscaled = mode == "unscaled"
   rule = credit.CreditRule(
@@ -243,10 +248,16 @@ def token_advantages(
     advantage_scale="none" if unscaled else "std",
   )
   returns = jnp.asarray(traces.returns)
+  if method == "grpo" and mode == "return":
+    return jnp.where(traces.rollout.mask, returns[:, None], 0.0)
   if method == "grpo":
     return credit.uniform_advantages(traces.rollout.mask, returns, rule)
+  rewards = jnp.asarray(estimates[method].rewards)
+  if mode == "action_value":
+    # v(s_{k+1}) = r_k + v(s_k).
+    rewards, mode = rewards + jnp.asarray(estimates[method].values), "difference"
   to_tokens = jax.vmap(lambda r, a, s: advantages.token_advantages(r, a, s, mode=mode))
-  return to_tokens(jnp.asarray(estimates[method].rewards), credit.group_advantages(returns, rule), traces.segments)
+  return to_tokens(rewards, credit.group_advantages(returns, rule), traces.segments)
 
 
 def prompt_moments(

@@ -202,7 +202,7 @@ def tiny(prompts=2):
     monte_carlo_samples=2, methods=("rredcot_suffix", "monte_carlo", "leave_one_out", "grpo", "random"),
     segmentations=("entropy",), segmentation_prompts=2, segmentation_traces=1,
     segmentation_estimators=("rredcot_suffix",), gradient_prompts=2, gradient_groups=2, groups_at_once=2,
-    gradient_estimators=("grpo", "rredcot_suffix:difference", "monte_carlo:difference"), resamples=5,
+    gradient_estimators=("grpo", "grpo:return", "rredcot_suffix:action_value", "monte_carlo:difference"), resamples=5,
   )  # fmt: skip
   return config
 
