@@ -3,12 +3,14 @@
     python experiments/compare.py --directory runs/comparison --seeds 1,2,3,4,5
     python experiments/train.py --config configs/chain_comparison.py:method=value_head --workdir runs/value_head
 
-A run is 60 steps of 16 rollouts, two updates on each batch, about a minute on 2 idle
-cores (three with Monte Carlo); the sweep of 13 methods over five seeds about 90 minutes.
-Expected: from 46% to about 88% with GRPO, 92% with RREDCoT (docs/results.md).
+A run is 60 steps of 16 rollouts: about a minute on 2 idle cores, with Monte Carlo several.
+Expected from a start at 46%: GRPO about 84%, RREDCoT's difference about 90% (docs/results.md,
+which also says which methods have been run).
 
-What all methods share: the prompts, the steps, the loss, the schedule. What is each
-method's own: its learning rate, the best on seed 0 of the grid in docs/results.md.
+All methods share the start, the rollouts a step, the loss and the schedule. Methods whose credit
+reads no group take 8 prompts of 2 rollouts a step instead of 2 of 8. Rates: GRPO's and RREDCoT's
+are those of configs/demo.py, where they were tried; methods that scale the group's advantage
+take GRPO's, methods that credit segments directly RREDCoT's. The others' were not tuned.
 """
 
 from ml_collections import ConfigDict
@@ -17,9 +19,8 @@ from rredcot_jax import completions
 from rredcot_jax.config import default_config, options_of
 
 OTHERS = (
-  "reinforce",
-  "monte_carlo", "leave_one_out", "gradient_x_input", "integrated_gradients", "attention", "attention_rollout",
-  "value_head",
+  "reinforce", "monte_carlo", "leave_one_out", "gradient_x_input", "integrated_gradients", "attention",
+  "attention_rollout", "value_head",
 )  # fmt: skip
 BANKS = ("suffix", *(bank for bank in completions.BANKS if bank != "suffix"))
 

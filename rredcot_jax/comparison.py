@@ -120,7 +120,6 @@ def compare(runs: Mapping[str, Mapping[int, Run]], num_params: int, *, baseline:
   base = runs.get(baseline, {})
   if not base:
     raise ValueError(f"no finished run of {baseline!r}, which the other methods are compared with: run it first.")
-  goal = float(np.mean([run.accuracy[-1] for run in base.values()]))
   for name, by_seed in runs.items():
     pairs = [(seed, run, base[seed]) for seed, run in sorted(by_seed.items()) if seed in base]
     if not pairs:
@@ -144,6 +143,7 @@ def compare(runs: Mapping[str, Mapping[int, Run]], num_params: int, *, baseline:
       }
     of_runs = [run for _, run, _ in pairs]
     curve = _mean_curve(of_runs)
+    goal = float(np.mean([over.accuracy[-1] for _, _, over in pairs]))
     reached = spent_to_reach(curve["rollout_tokens"], curve["accuracy"], goal)
     total = float(np.mean([over.tokens[-1] for _, _, over in pairs]))
     figures = {
@@ -204,7 +204,7 @@ def curves_figure(figures: Mapping[str, Any], x_key: str, panels: Mapping[str, S
       # The start has spent nothing, which a logarithmic axis cannot show.
       keep = x > 0 if x_key == "flops" else np.ones(len(x), bool)
       x, y, low, high = (100 * part[keep] if j else part[keep] / scale for j, part in enumerate((x, y, low, high)))
-      ax.fill_between(x, low, high, color=color, alpha=0.1, linewidth=0)
+      ax.fill_between(x, np.clip(low, 0, 100), np.clip(high, 0, 100), color=color, alpha=0.1, linewidth=0)
       ax.plot(x, y, color=color, marker=marker, markersize=3, linewidth=1.6, label=name)
     ax.axhline(100 * figures["final_accuracy"][baseline]["mean"], color="#222222", linewidth=0.7, linestyle=":")
     ax.set(title=title, xlabel=labels[x_key])
@@ -232,15 +232,18 @@ def summary_figure(figures: Mapping[str, Any]) -> "Figure":
     if len(reached) < len(ratios):
       left.text(1.03, y, f"{len(reached)} of {len(ratios)} reached it", va="center", fontsize=7.5, color="#b3261e")
     final = figures["final_accuracy"][name]
-    ends = np.array([[final["low"]], [final["high"]]], float)  # NaN where there is one seed, which draws no bar.
+    # A few seeds' interval may leave what an accuracy can be.
+    ends = np.clip(
+      np.array([[final["low"]], [final["high"]]], float), 0, 1
+    )  # NaN where there is one seed, which draws no bar.
     right.errorbar(
       100 * final["mean"], y, xerr=100 * np.abs(ends - final["mean"]), fmt="o", color="#222222", capsize=3, markersize=4
     )
   left.axvline(0.5, color="#9a9aa2", linestyle="--", linewidth=1)
   left.axvline(1.0, color="#222222", linestyle=":", linewidth=1)
   left.set_yticks(range(len(names)), names)
-  left.set(xlabel="rollout tokens to GRPO's final accuracy, over GRPO's (dot: seed, bar: mean)", xlim=(0, 1.45))
-  right.set(xlabel="final held-out accuracy (%), mean and 95% interval over seeds")
+  left.set(xlabel="rollout tokens to GRPO's final accuracy,\nover GRPO's (dot: seed, bar: mean)", xlim=(0, 1.45))
+  right.set(xlabel="final held-out accuracy (%),\nmean and 95% interval over seeds")
   goal = figures["final_accuracy"][figures["baseline"]]["mean"]
   right.axvline(100 * goal, color="#222222", linestyle=":", linewidth=1)
   for ax in (left, right):
