@@ -80,7 +80,10 @@ def finished(workdir: pathlib.Path, config: ConfigDict) -> bool:
   if not (workdir / "metrics.jsonl").is_file():
     return False
   train.claim_workdir(workdir, config, "", resume=True)
-  lines = report.read_metrics(workdir / "metrics.jsonl")
+  try:
+    lines = report.read_metrics(workdir / "metrics.jsonl")
+  except ValueError:  # Killed before its first evaluation.
+    return False
   return any(line["step"] == config.num_steps and "eval/pass@1" in line for line in lines)
 
 

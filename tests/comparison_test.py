@@ -5,7 +5,9 @@ import json
 import math
 import pathlib
 
+import compare
 import pytest
+import train
 
 from rredcot_jax import comparison
 from rredcot_jax import config as config_lib
@@ -92,10 +94,24 @@ def test_figures_are_drawn(figures):
   assert any("1 of 2 reached it" in text.get_text() for text in left.texts) and right.get_xlabel()
 
 
-def test_every_method_of_the_comparison_is_a_valid_configuration():
+def chain_comparison():
   spec = importlib.util.spec_from_file_location("chain_comparison", ROOT / "configs" / "chain_comparison.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  return module
+
+
+def test_a_run_killed_before_its_first_evaluation_is_not_finished(tmp_path):
+  config, workdir = compare.make_run(chain_comparison(), "grpo", 1, None, tmp_path)
+  assert not compare.finished(workdir, config)
+  train.claim_workdir(workdir, config, "test", resume=True)
+  for written, done in (("", False), ('{"step": 0, "eval/pa', False), ('{"step": 60, "eval/pass@1": 0.5}\n', True)):
+    (workdir / "metrics.jsonl").write_text(written)
+    assert compare.finished(workdir, config) == done
+
+
+def test_every_method_of_the_comparison_is_a_valid_configuration():
+  module = chain_comparison()
   rollouts = set()
   for name, arg in module.METHODS.items():
     config = module.get_config(arg)
