@@ -117,6 +117,9 @@ def compile_all(config: ConfigDict, vocab_size: int, devices: Any, names: list[s
     # XLA counts the bytes of a loop's body once; they are scaled as the arithmetic is, which it also counts once.
     products = counts.flops - counts.kernel_flops
     traffic = once.get("bytes accessed", 0.0) * max(products / max(once.get("flops", 0.0), 1.0), 1.0)
+    if name == "sample":
+      # Its loop is too unlike its prefill for that: every token reads all parameters and the whole cache.
+      traffic = config.rollout.max_tokens * (memory["arguments"] + memory["outputs"])
     result["programs"][name] = {
       "fits": memory["peak"] + beside <= chip.hbm,
       **memory,
@@ -157,7 +160,7 @@ def show(result: dict[str, Any]) -> None:
       print(f"  {name} needs {program['needs']}")
   row("TFLOP", lambda one: f"{one['flops'] / 1e12:.3g}")
   row("  of them in kernels", lambda one: f"{one['kernel_flops'] / 1e12:.3g}")
-  row("HBM traffic, GB (scaled)", lambda one: f"{one['hbm_bytes'] / 1e9:.3g}")
+  row("HBM traffic, GB (rough)", lambda one: f"{one['hbm_bytes'] / 1e9:.3g}")
   row("FLOP a byte", lambda one: f"{one['flops'] / max(one['hbm_bytes'], 1):.3g}")
   for kind in costs.COLLECTIVES:
     if any(one and one["collective_calls"].get(kind) for one in done):
