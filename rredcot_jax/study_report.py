@@ -173,7 +173,9 @@ def _by_position(ax: "Axes", result: Mapping[str, Any]) -> None:
   ax.axhline(0, color=_GUIDE, linewidth=0.7)
   ax.set(title="(b) The same, by position", xlabel="where the segment begins, share of the trace", xlim=(0, 1))
   ax.set(ylabel="Spearman's rank correlation", ylim=(-1.02, 1.02))
-  if len(ax.lines) > 1:
+  if not deciles:
+    ax.text(0.5, 0.7, "too few segments in every tenth", transform=ax.transAxes, ha="center", color="#7a7a83")
+  else:
     ax.figure.legend(fontsize=6.5, ncols=3, frameon=False, loc="outside lower center")
 
 
