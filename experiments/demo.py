@@ -91,15 +91,15 @@ def row(name: str, runs: list[comparison.Run], figures: dict[str, Any]) -> dict[
 
   def mean(place: int) -> str:
     value, error = metrics.mean_and_error(np.array([run.accuracy[place] for run in runs]))
-    return f"{100 * value:.1f}% ± {100 * (error if len(runs) > 1 else runs[0]['error'][place]):.1f}"
+    return f"{100 * value:.1f}% ± {100 * (error if len(runs) > 1 else runs[0].error[place]):.1f}"
 
   overhead = "1.00 (baseline)" if name == "GRPO" else f"{np.mean(figures['step_seconds_over_grpo']):.2f}"
   return {
     "run": name,
     "accuracy before": mean(0),
     "accuracy after": mean(-1),
-    "rollout tokens": f"{np.mean([run['tokens'][-1] for run in runs]):,.0f}",
-    "seconds a step": f"{np.mean([run['step_seconds'] for run in runs]):.2f}",
+    "rollout tokens": f"{np.mean([run.tokens[-1] for run in runs]):,.0f}",
+    "seconds a step": f"{np.mean([run.step_seconds for run in runs]):.2f}",
     "step time over GRPO": overhead,
   }
 

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import pathlib
+import subprocess
+import sys
 
 import compare
 import pytest
@@ -120,3 +122,26 @@ def test_every_method_of_the_comparison_is_a_valid_configuration():
     rollouts.add((config.num_steps, config.rollout.prompts_per_step * config.rollout.group_size))
   assert len(rollouts) == 1  # Equal rollouts.
   assert set(module.SETTINGS) == set(module.METHODS)
+
+
+DEMO = """
+import json, pathlib, sys
+import demo
+from rredcot_jax import comparison
+grpo, ours = ([comparison.read_run(pathlib.Path(path))] for path in sys.argv[1:])
+figures = demo.compare(grpo, ours)
+print(json.dumps([figures, demo.row("GRPO", grpo, figures), demo.row("RREDCoT", ours, figures)]))
+"""
+
+
+def test_the_demos_table_by_hand(tmp_path):
+  """In a process of its own: the demo and the comparison have flags of one name."""
+  write_run(tmp_path / "grpo", [0.4, 0.6, 0.8])
+  write_run(tmp_path / "rredcot", [0.4, 0.8, 0.9])
+  command = [sys.executable, "-c", DEMO, str(tmp_path / "grpo"), str(tmp_path / "rredcot")]
+  done = subprocess.run(command, cwd=ROOT / "experiments", capture_output=True, text=True, check=True)
+  figures, grpo, ours = json.loads(done.stdout)
+  assert figures["tokens_to_grpo_accuracy_over_grpo"] == [0.5] and figures["accuracy_rredcot"] == [0.9]
+  assert grpo["accuracy after"] == "80.0% ± 1.0" and ours["accuracy before"] == "40.0% ± 1.0"
+  assert grpo["rollout tokens"] == "1,000"
+  assert ours["seconds a step"] == "2.00" and ours["step time over GRPO"] == "1.00"
