@@ -142,7 +142,7 @@ def write_figures(module: Any, root: pathlib.Path) -> dict[str, Any]:
     root / "comparison.html", title=f"Sources of credit on {config.task.name}, {len(figures['seeds'])} seeds",
     summary=table, figures=[(captions[name], figure) for name, figure in drawn.items()],
   )  # fmt: skip
-  print_table(table)
+  comparison.print_table(table)
   print(f"\nreport  {root / 'comparison.html'}")
   names = (
     "rollouts_to_grpo_accuracy_over_grpo", "reached", "rollouts_to_grpo_accuracy_over_grpo_of_mean_curve",
@@ -170,13 +170,6 @@ def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
     "credit token-forwards a step": f"{costs.get('token_forwards', 0):,.0f}",
     "effective samples": number(costs.get("effective_sample_size"), ".2f"),
   }
-
-
-def print_table(table: list[dict[str, str]]) -> None:
-  widths = {key: max(len(key), *(len(line[key]) for line in table)) for key in table[0]}
-  print("\n" + "  ".join(key.ljust(width) for key, width in widths.items()))
-  for line in table:
-    print("  ".join(line[key].ljust(width) for key, width in widths.items()))
 
 
 if __name__ == "__main__":

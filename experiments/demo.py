@@ -51,7 +51,7 @@ def main(_: Any) -> None:
     {name: paths[0] for name, paths in runs.items()}, root / "report.html",
     title=f"GRPO and RREDCoT on {RREDCOT.value.task.name}, seed 0", summary=table,
   )  # fmt: skip
-  print_table(table)
+  comparison.print_table(table)
   tokens = figures["tokens_to_grpo_accuracy_over_grpo"]
   reached = [x for x in tokens if x is not None]
   learnt = sum(after > before for before, after in zip(figures["accuracy_before"], figures["accuracy_grpo"]))
@@ -102,13 +102,6 @@ def row(name: str, runs: list[comparison.Run], figures: dict[str, Any]) -> dict[
     "seconds a step": f"{np.mean([run.step_seconds for run in runs]):.2f}",
     "step time over GRPO": overhead,
   }
-
-
-def print_table(table: list[dict[str, str]]) -> None:
-  widths = {key: max(len(key), *(len(line[key]) for line in table)) for key in table[0]}
-  print("\n" + "  ".join(key.ljust(width) for key, width in widths.items()))
-  for line in table:
-    print("  ".join(line[key].ljust(width) for key, width in widths.items()))
 
 
 if __name__ == "__main__":

@@ -251,3 +251,11 @@ def summary_figure(figures: Mapping[str, Any]) -> "Figure":
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
   return figure
+
+
+def print_table(table: Sequence[Mapping[str, str]]) -> None:
+  """Prints rows of one set of columns, aligned."""
+  widths = {key: max(len(key), *(len(line[key]) for line in table)) for key in table[0]}
+  print("\n" + "  ".join(key.ljust(width) for key, width in widths.items()))
+  for line in table:
+    print("  ".join(line[key].ljust(width) for key, width in widths.items()))
