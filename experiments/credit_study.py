@@ -209,6 +209,11 @@ def validate(config: ConfigDict) -> None:
       f"study.rows_at_once={options.rows_at_once} must be a multiple of rollout.group_size={size} and divide "
       f"study.num_prompts * rollout.group_size={total}."
     )
+  if config.rollout_mesh.data:
+    raise ValueError(
+      f"rollout_mesh.data={config.rollout_mesh.data}: a study samples, scores and takes gradients in one layout, "
+      "config.mesh; leave rollout_mesh.data at 0."
+    )
   if options.segmentation_prompts > options.num_prompts:
     raise ValueError(f"study.segmentation_prompts={options.segmentation_prompts} exceeds {options.num_prompts}.")
   if options.gradient_prompts and options.gradient_groups % options.groups_at_once:

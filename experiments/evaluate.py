@@ -35,7 +35,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rredcot_jax import checkpoint, distributed, evaluation, metrics, sharding, tasks
+from rredcot_jax import checkpoint, distributed, evaluation, metrics, tasks, train_step
 from rredcot_jax import config as config_lib
 
 # --config and --workdir are those of train.py.
@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
   if num_prompts < 2:
     raise ValueError(f"evaluation.num_prompts={num_prompts} must be at least 2: intervals are over prompts.")
   model = config_lib.model_config(config, len(task.tokenizer))
-  mesh = sharding.make_mesh(**config.mesh)
+  mesh, rollout_mesh = config_lib.meshes(config)
   start_key, eval_key = jax.random.split(jax.random.key(config.seed))
   if workdir is not None:
     step, params = checkpoint.restore_run(workdir, model, mesh, vocab_size=len(task.tokenizer))
@@ -70,6 +70,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
     step, params = 0, checkpoint.start_params(config.initial_params, model, mesh, start_key)
   else:
     raise ValueError("this configuration starts at random: give --workdir of a run, or set initial_params.")
+  params = train_step.for_rollouts(model, mesh, rollout_mesh)(params)
 
   # ---- Traces ------------------------------------------------------------------------------
   settings = {
@@ -87,7 +88,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
   traces = output.with_name(output.name + ".traces.jsonl")
   judged = claim_traces(traces, settings)
   batches = evaluation.judged_batches(
-    params, model, task, mesh, eval_key, num_prompts=num_prompts, samples=samples, rows=rows, first=len(judged),
+    params, model, task, rollout_mesh, eval_key, num_prompts=num_prompts, samples=samples, rows=rows, first=len(judged),
     **train.rollout_options(config),
   )  # fmt: skip
   # All processes hold every judgement; the first one writes them.

@@ -92,8 +92,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
   policy_key, eval_key, credit_key = jax.random.split(jax.random.key(config.seed), 3)
 
   # ---- State on the mesh -------------------------------------------------------------------
-  mesh = sharding.make_mesh(**config.mesh)
-  rollout_mesh = sharding.relayout(mesh, **config.rollout_mesh)
+  mesh, rollout_mesh = config_lib.meshes(config)
   group_size = config.rollout.group_size
   rows = distributed.rows_of(rollout_mesh, config.rollout.prompts_per_step * group_size, group_size=group_size)
   optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))

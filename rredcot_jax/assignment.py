@@ -106,13 +106,14 @@ class Assigner:
       here: which rows those are; None is all.
 
     Raises:
-      ValueError: if there is no critic for a source that learns one, or several processes for Monte Carlo.
+      ValueError: if there is no critic for a source that learns one.
     """
     rule = self.rule
     if not rule.redistributes:
       return Assigned(self._uniform(rollout.mask, returns), None, None, {"generated_tokens": 0, "token_forwards": 0})
     assert segments is not None and segments_on_host is not None
-    mine = returns if here is None else returns[here]
+    here = np.arange(len(returns)) if here is None else here
+    mine = returns[here]
     next_critic, bank = None, None
     extra: dict[str, Any] = {}
     if rule.needs_bank:
@@ -121,7 +122,7 @@ class Assigner:
         **self._bank_options,
       )  # fmt: skip
     if rule.source == "monte_carlo":
-      credits, extra = self._generate(params, cache, rollout, segments, returns, examples, key)
+      credits, extra = self._generate(params, cache, rollout, segments, returns, examples, here, key)
     elif rule.learns_values:
       if critic is None:
         raise ValueError("credit.source='value_head' needs its critic, which lives in the train state.")
@@ -147,27 +148,25 @@ class Assigner:
     segments: types.Segments,
     returns: np.ndarray,
     examples: Sequence[tasks.Example],
+    here: np.ndarray,
     key: chex.PRNGKey,
   ) -> tuple[types.Credit, dict[str, Any]]:
-    if jax.process_count() > 1:
-      raise ValueError(
-        f"credit.source='monte_carlo' runs in one process and there are {jax.process_count()}: its queue of "
-        "continuations is not shared out. Use another source, or one process."
-      )
+    of_row = dict(zip(here.tolist(), examples, strict=True))
     estimate = monte_carlo.values_by_generation(
-      params, self._config, cache, rollout, segments, returns, key, evaluation.judge_of(self._task, examples),
-      **self._monte_carlo_options,
+      params, self._config, cache, rollout, segments, returns, key, evaluation.judge_of(self._task, of_row),
+      mesh=self._mesh, **self._monte_carlo_options,
     )  # fmt: skip
     samples = np.where(estimate.exists, np.float32(estimate.num_samples), np.float32(0))
-    placed = sharding.put_batch(self._mesh, (estimate.state_values, samples, rollout.mask, segments, returns))
-    uniform_rows = sharding.put_batch(self._mesh, np.zeros(len(returns), bool))
+    values, samples, mine, uniform_rows = sharding.put_batch(
+      self._mesh, (estimate.state_values[here], samples[here], returns[here], np.zeros(len(here), bool))
+    )
     counts = {
       "generated_tokens": estimate.generated_tokens,
       "token_forwards": estimate.computed_tokens,
       "verifier_calls": estimate.judged,
       "generation_seconds": estimate.generation_seconds,
     }
-    return self._of_values(*placed, uniform_rows), counts
+    return self._of_values(values, samples, rollout.mask, segments, mine, uniform_rows), counts
 
   def _counted(self, rollout: types.Rollout, segments: types.Segments, bank: completions.Bank | None) -> dict[str, Any]:
     """Over all processes; what only a process knows is summed on the devices."""

@@ -283,8 +283,7 @@ def programs(config: ConfigDict, vocab_size: int, devices: Any) -> dict[str, Cal
     devices: to compile for; they need not be there.
   """
   model = config_lib.model_config(config, vocab_size)
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  rollout_mesh = sharding.relayout(mesh, **config.rollout_mesh)
+  mesh, rollout_mesh = config_lib.meshes(config, devices)
   rule = config_lib.credit_rule(config)
   state, placement = abstract_state(config, model, mesh)
   whole = jax.eval_shape(lambda params: decoder.rounded(params, model), state.params)

@@ -9,10 +9,21 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
-from rredcot_jax import advantages, attribution, completions, losses, redistribution, segmentation, value_head, values
+from rredcot_jax import (
+  advantages,
+  attribution,
+  completions,
+  losses,
+  redistribution,
+  segmentation,
+  sharding,
+  value_head,
+  values,
+)
 from rredcot_jax.credit import SOURCES, CreditRule, check_combination
 from rredcot_jax.model.config import ATTENTIONS, DTYPES, REMATS, SIZES, Compute, ModelConfig, RopeScaling
 from rredcot_jax.types import check_option
@@ -306,6 +317,12 @@ def init_critic(config: ConfigDict, width: int) -> value_head.Critic | None:
   if optimizer is None:
     return None
   return value_head.init(width, optimizer, initial_value=config.credit.value_head.initial_value)
+
+
+def meshes(config: ConfigDict, devices: Sequence[Any] | None = None) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+  """The layouts of training and of rollouts, the same one where `rollout_mesh` says nothing; see `sharding`."""
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  return mesh, sharding.relayout(mesh, **config.rollout_mesh)
 
 
 def optimizer_options(config: ConfigDict) -> dict[str, Any]:

@@ -215,10 +215,16 @@ def rows_of(mesh: jax.sharding.Mesh, count: int, *, group_size: int = 1) -> Rows
   return Rows(count=count, here=here, judged=np.flatnonzero(np.array(turns, int) == me))
 
 
-def to_host(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-  """Device arrays [B, ...] as numpy arrays of the rows that are `here`; all rows where there is one process."""
+def to_host(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
+  """Device arrays [B, ...] as numpy arrays of the rows that are `here`; all rows where there is one process.
+
+  Raises:
+    ValueError: of several processes, without the mesh that the rows are split over.
+  """
   if jax.process_count() == 1:
     return jax.device_get(tree)
+  if mesh is None:
+    raise ValueError(f"rows shared out among {jax.process_count()} processes need the mesh that they are split over.")
 
   def shards(x: jax.Array) -> list:
     by_row = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}

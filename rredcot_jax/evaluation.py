@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ def returns_of(task: tasks.Task, examples: Sequence[tasks.Example], rollout: typ
   return np.array([task.reward(example, text) for example, text in zip(examples, texts, strict=True)], np.float32)
 
 
-def judge_of(task: tasks.Task, examples: Sequence[tasks.Example]) -> monte_carlo.Judge:
+def judge_of(task: tasks.Task, examples: Sequence[tasks.Example] | Mapping[int, tasks.Example]) -> monte_carlo.Judge:
   """The verifier as `monte_carlo.values_by_generation` asks it: (row, token ids) of whole traces -> rewards."""
   ends = task.tokenizer.eos_token_id
 

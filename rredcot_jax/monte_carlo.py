@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rredcot_jax import redistribution, sampling, types
+from rredcot_jax import distributed, redistribution, sampling, types
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 
@@ -293,24 +293,27 @@ def values_by_generation(
   first_sample: int = 0,
   samples_per_round: int | None = None,
   workers: int = 1,
+  mesh: jax.sharding.Mesh | None = None,
   **options,
 ) -> MonteCarloValues:
   """Generates `k` continuations of every state and has them judged: v(s), and what it cost.
 
   Runs in rounds, so that k = 256 needs the memory of `samples_per_round`; the verifier
   judges one round in threads while the next is generated. Equal traces of a row are
-  judged once: the verifier is taken to be a function of its arguments.
+  judged once: the verifier is taken to be a function of its arguments. Of several
+  processes each judges its share of the rows, and all return the same.
 
   Args:
     params, config, cache, rollout, segments, key: see `generate_from_states`; on devices.
     returns: [B] float32, the traces' own rewards.
-    judge: the verifier, safe to call from `workers` threads at once.
+    judge: the verifier, safe to call from `workers` threads at once; asked about this process's rows.
     k: continuations a state in this call.
     first_sample: continuations a state that earlier calls with this key have drawn; their
       results and this call's go together by `joined`.
     samples_per_round: continuations a state in a round; None is k. Best a divisor of
       k: a last round of another size is compiled anew.
     workers: threads that judge.
+    mesh: that the rows are split over; needed where there are several processes.
     **options: of `generate_from_states`: max_tokens, temperature, eos_id, chunk_size, ...
 
   Returns:
@@ -327,31 +330,35 @@ def values_by_generation(
       f"first_sample={first_sample} at least 0."
     )
   began = time.perf_counter()
-  host_rollout, host_segments = jax.device_get((rollout, segments))
-  traces, starts, num_segments = host_rollout.tokens, host_segments.starts, host_segments.num_segments
+  batch = len(returns)
+  everything = np.arange(batch)
+  rows = distributed.Rows(batch, everything, everything) if mesh is None else distributed.rows_of(mesh, batch)
+  # From here on arrays on the host are of the rows that this process judges.
+  on_host = lambda tree: jax.tree.map(lambda x: x[rows.judged], distributed.to_host(mesh, tree))
+  traces, segments_here = on_host((rollout.tokens, segments))
+  numbers, starts = rows.here[rows.judged], segments_here.starts
   places: dict[tuple[int, tuple[int, ...]], int] = {}  # Of each distinct trace among the verdicts.
   rounds: list[np.ndarray] = []
   futures: list[concurrent.futures.Future] = []
-  generated = computed = 0
+  generated, computed = np.zeros(len(numbers), int), 0  # Tokens: of each row, and run in all.
   generation_seconds = 0.0
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     for done in range(0, k, per_round):
       round_began = time.perf_counter()
-      drawn, steps = jax.device_get(
-        generate_from_states(
-          params, config, cache, rollout, segments, key, k=min(per_round, k - done),
-          first_sample=np.int32(first_sample + done), **options,
-        )
+      drawn, steps = generate_from_states(
+        params, config, cache, rollout, segments, key, k=min(per_round, k - done),
+        first_sample=np.int32(first_sample + done), **options,
       )  # fmt: skip
+      drawn = on_host(drawn)
       generation_seconds += time.perf_counter() - round_began
-      generated += int(drawn.lengths.sum())
-      slots = min(options.get("chunk_size") or drawn.lengths[0].size, drawn.lengths[0].size)
-      computed += int(steps) * len(traces) * slots
+      generated += drawn.lengths.sum(axis=(1, 2))
+      continuations = drawn.lengths.shape[1] * drawn.lengths.shape[2]
+      computed += int(steps) * batch * min(options.get("chunk_size") or continuations, continuations)
       verdict = np.full(drawn.lengths.shape, -1)
       known = len(places)
       for row, state, sample in np.argwhere(drawn.lengths > 0):
         ids = drawn.tokens[row, state, sample, : drawn.lengths[row, state, sample]]
-        trace = (int(row), (*traces[row, : starts[row, state]].tolist(), *ids.tolist()))
+        trace = (int(numbers[row]), (*traces[row, : starts[row, state]].tolist(), *ids.tolist()))
         verdict[row, state, sample] = places.setdefault(trace, len(places))
       rounds.append(verdict)
       # Dictionaries keep the order of insertion, so verdicts come in the order of their places.
@@ -360,13 +367,17 @@ def values_by_generation(
       futures += [pool.submit(_ask, judge, share) for share in shares if share]
     verdicts = np.concatenate([np.zeros(0, np.float32), *(future.result() for future in futures)])
   place = np.concatenate(rounds, axis=2)
+  rewards = np.where(place >= 0, np.append(verdicts, np.float32(np.nan))[place], np.float32(np.nan))
+  judged = np.bincount([row for row, _ in places], minlength=batch)[numbers]
+  each_row = (segments_here.num_segments, generated, judged, *rewards.reshape(len(numbers), -1).T)
+  (num_segments, generated, judged, *columns), _ = rows.gather(numbers, *each_row)
   return MonteCarloValues(
-    rewards=np.where(place >= 0, np.append(verdicts, np.float32(np.nan))[place], np.float32(np.nan)),
+    rewards=np.stack(columns, axis=1).reshape(batch, *place.shape[1:]),
     returns=np.asarray(returns, np.float32),
-    num_segments=np.asarray(num_segments),
-    generated_tokens=generated,
+    num_segments=num_segments.astype(np.int32),
+    generated_tokens=int(generated.sum(dtype=np.float64)),
     computed_tokens=computed,
-    judged=len(places),
+    judged=int(judged.sum()),
     generation_seconds=generation_seconds,
     seconds=time.perf_counter() - began,
   )

@@ -220,12 +220,8 @@ def compile_steps(
     microbatches=microbatches,
     skip_non_finite=skip_non_finite,
   )
-  # Sampling reads every parameter once a token: it wants them rounded, and where its own layout has them.
-  abstract = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
-  move = jax.jit(lambda params: decoder.rounded(params, config), out_shardings=sharding.infer(rollout_mesh, abstract))
-  same = rollout_mesh is mesh and config.compute.dtype == "float32"
   return Steps(
-    rollout_params=(lambda params: params) if same else move,
+    rollout_params=for_rollouts(config, mesh, rollout_mesh),
     sample=sharding.on(rollout_mesh, functools.partial(_sample, config, dict(sampling_options or {}))),
     segment=sharding.on(rollout_mesh, jax.jit(lambda r, tables: cut(r.tokens, r.log_probs, r.entropy, r.mask, tables))),
     reference=sharding.on(
@@ -234,6 +230,20 @@ def compile_steps(
     ),
     update=sharding.on(mesh, _in_buckets(update, length_buckets, placement, mesh)),
   )
+
+
+def for_rollouts(
+  config: ModelConfig, mesh: jax.sharding.Mesh, rollout_mesh: jax.sharding.Mesh
+) -> Callable[[decoder.Params], decoder.Params]:
+  """A function of parameters placed on `mesh`: as sampling and scoring want them on `rollout_mesh`.
+
+  Sampling reads every parameter once a token: it wants them rounded to what they are
+  computed with, and where its own layout has them. Itself where neither changes anything.
+  """
+  if rollout_mesh is mesh and config.compute.dtype == "float32":
+    return lambda params: params
+  abstract = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
+  return jax.jit(lambda params: decoder.rounded(params, config), out_shardings=sharding.infer(rollout_mesh, abstract))
 
 
 def bucket_lengths(room: int, buckets: int) -> list[int]:

@@ -42,14 +42,14 @@ class NoticeAt:
     return self._looks_left <= 0
 
 
-def run_processes(workdir, fates, **axes):
+def run_processes(workdir, fates, changes):
   """Runs len(fates) processes to their ends: exit status, all they printed, seconds after the first end, of each."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     coordinator = f"127.0.0.1:{free.getsockname()[1]}"
   script = str(ROOT / "tests" / "process_run.py")
   flags = ["--config", script, "--workdir", str(workdir), "--coordinator", coordinator, f"--num_processes={len(fates)}"]
-  flags += [f"--config.mesh.{name}={size}" for name, size in axes.items()]
+  flags += [f"--config.{name}={value}" for name, value in changes.items()]
   environment = os.environ | {
     "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=2"),
     "PYTHONPATH": f"{ROOT}:{ROOT / 'experiments'}",
@@ -100,7 +100,7 @@ def test_two_processes_equal_one_across_a_kill_a_sigterm_and_other_layouts(tmp_p
   assert saved_steps(workdir) == [1]
 
   # Two processes of two devices go on, parameters split over both; one is killed in step 4, after step 2 was saved.
-  ends = run_processes(workdir, [("-", "-"), ("KILL", "3")], data=1, fsdp=4)
+  ends = run_processes(workdir, [("-", "-"), ("KILL", "3")], {"mesh.data": 1, "mesh.fsdp": 4})
   assert ends[1][0] == -signal.SIGKILL, ends[1][1][-3000:]
   status, text, seconds = ends[0]
   assert status == distributed.LOST and "another process of the run was lost" in text, text[-3000:]
@@ -108,7 +108,7 @@ def test_two_processes_equal_one_across_a_kill_a_sigterm_and_other_layouts(tmp_p
   assert seconds < 3 * process_run.HEARTBEAT_SECONDS
 
   # Both again, heads split over both so that both hold every row, until one gets SIGTERM: both save and end well.
-  ends = run_processes(workdir, [("-", "-"), ("TERM", "2")], data=1, tensor=4)
+  ends = run_processes(workdir, [("-", "-"), ("TERM", "2")], {"mesh.data": 1, "mesh.tensor": 4})
   assert [status for status, _, _ in ends] == [0, 0], ends
   assert "resumed from step 2" in ends[0][1] and "told to stop (another process was): saved. Resume with" in ends[0][1]
   assert f"--workdir {workdir}" in ends[0][1].splitlines()[-1]  # The command that resumes it.
@@ -117,16 +117,37 @@ def test_two_processes_equal_one_across_a_kill_a_sigterm_and_other_layouts(tmp_p
 
   # One process of four devices brings it to its end.
   run(config, workdir)
-  lines, expected = untimed(workdir), untimed(uninterrupted)
-  assert len({line["train/reward"] for line in expected if "train/reward" in line} - {0.0, 1.0}) > 1
+  lines = check_same_run(workdir, uninterrupted, config)
+  assert len({line["train/reward"] for line in lines if "train/reward" in line} - {0.0, 1.0}) > 1
+  (_, data), (_, their_data) = (saved_params(path, 6, config) for path in (workdir, uninterrupted))
+  assert data == their_data
+
+
+def test_monte_carlo_values_are_shared_out_among_processes(tmp_path, monkeypatch):
+  monkeypatch.setattr(Chain, "reward", process_run.reward)
+  config = process_run.get_config()
+  changes = {"num_steps": 2, "credit.source": "monte_carlo", "credit.monte_carlo.samples": 2}
+  config.update_from_flattened_dict(changes)
+  alone = run(config, tmp_path / "alone")
+  # The first process holds rows 0 to 3 alone; then both hold all rows, and take turns at judging.
+  for name, axes in {"rows": {"mesh.data": 4}, "heads": {"mesh.data": 1, "mesh.tensor": 4}}.items():
+    ends = run_processes(tmp_path / name, [("-", "-")] * 2, changes | axes)
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    lines = check_same_run(tmp_path / name, alone, config)
+    assert all(line["credit/verifier_calls"] > 8 for line in lines if "train/reward" in line)
+
+
+def check_same_run(workdir, expected_workdir, config):
+  """The lines of metrics of two finished runs that agree, in parameters and traces too."""
+  lines, expected = untimed(workdir), untimed(expected_workdir)
   assert [line["step"] for line in lines] == [line["step"] for line in expected]
   for ours, theirs in zip(lines, expected):
     assert ours == pytest.approx(theirs, **CLOSE)
-  (ours, data), (theirs, their_data) = (saved_params(path, 6, config) for path in (workdir, uninterrupted))
-  assert data == their_data
+  (ours, _), (theirs, _) = (saved_params(path, config.num_steps, config) for path in (workdir, expected_workdir))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours.params, theirs.params)
-  traces, expected = (report.read_traces(path / "traces.jsonl") for path in (workdir, uninterrupted))
+  traces, expected = (report.read_traces(path / "traces.jsonl") for path in (workdir, expected_workdir))
   assert [trace["tokens"] for trace in traces] == [trace["tokens"] for trace in expected]
+  return lines
 
 
 # ---- Start-up --------------------------------------------------------------------------------

@@ -150,6 +150,25 @@ def test_train_evaluates_the_same_traces(whole):
   assert result["eval/truncated"] == pytest.approx(figures["truncated"], abs=1e-6)
 
 
+def test_traces_are_sampled_in_the_layout_of_rollouts(whole, tmp_path, monkeypatch):
+  """In bfloat16 as well: what is sampled with are parameters rounded and placed as in training."""
+  config, seen = tiny(), set()
+  config.mesh.data, config.mesh.fsdp, config.rollout_mesh.data, config.rollout_mesh.tensor = 1, 4, 2, 2
+  sample = sampling.sample
+
+  def noted(params, *args, **kwargs):
+    gate = params["blocks"]["gate"]
+    seen.add((gate.sharding.spec[2], gate.dtype.name))
+    return sample(params, *args, **kwargs)
+
+  monkeypatch.setattr(sampling, "sample", noted)
+  assert evaluate.run(config, None, samples=SAMPLES, output=tmp_path / "laid_out.json") == whole[0]
+  assert seen == {("tensor", "float32")}
+  config.compute.dtype = "bfloat16"
+  evaluate.run(config, None, samples=SAMPLES, output=tmp_path / "rounded.json")
+  assert seen == {("tensor", "float32"), ("tensor", "bfloat16")}
+
+
 # ---- Resume ------------------------------------------------------------------------------
 
 

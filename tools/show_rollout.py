@@ -16,7 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rredcot_jax import assignment, checkpoint, evaluation, report, sampling, sharding, tasks, train_step
+from rredcot_jax import assignment, checkpoint, evaluation, report, sharding, tasks, train_step
 from rredcot_jax import config as config_lib
 from rredcot_jax.model import decoder
 from rredcot_jax.tasks import batching
@@ -39,7 +39,7 @@ def main(_: Any) -> None:
   task = tasks.make_task(**config_lib.task_options(config, "eval"))
   tokenizer = task.tokenizer
   model = config_lib.model_config(config, len(tokenizer))
-  mesh = sharding.make_mesh(**config.mesh)
+  mesh, rollout_mesh = config_lib.meshes(config)
 
   # ---- Parameters --------------------------------------------------------------------------
   optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
@@ -56,22 +56,23 @@ def main(_: Any) -> None:
   example = task[INDEX.value]
   examples = [example] * config.rollout.group_size
   prompts = batching.prompt_arrays(task, examples, config.rollout.max_prompt_tokens)
-  rollout, cache = sampling.sample(
-    params, model, *prompts, jax.random.key(config.seed), max_tokens=config.rollout.max_tokens,
-    temperature=config.rollout.temperature, top_k=config.rollout.top_k, top_p=config.rollout.top_p,
-    eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-  )  # fmt: skip
   steps = train_step.compile_steps(
     model, optimizer, placement, mesh, temperature=rule.temperature, eos_id=tokenizer.eos_token_id,
     segmentation_options=config_lib.segmentation_options(config), loss_options=config_lib.loss_options(config),
+    sampling_options=config_lib.sampling_options(
+      config, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id
+    ),
+    rollout_mesh=rollout_mesh,
   )  # fmt: skip
+  policy = steps.rollout_params(params)
+  rollout, cache = steps.sample(policy, *sharding.put_batch(rollout_mesh, prompts), jax.random.key(config.seed))
   tables = batching.vocab_tables(tokenizer)
   segments = steps.segment(rollout, tables)
   host, host_segments = jax.device_get((rollout, segments))
   returns = evaluation.returns_of(task, examples, host)
-  assign = assignment.Assigner(task, model, mesh, **config_lib.assigner_options(config))
-  assigned = assign(
-    params, None, cache, rollout, segments, returns, jax.random.key(config.seed),
+  assigner = assignment.Assigner(task, model, rollout_mesh, **config_lib.assigner_options(config))
+  assigned = sharding.on(rollout_mesh, assigner)(
+    policy, None, cache, rollout, segments, returns, jax.random.key(config.seed),
     on_host=host, segments_on_host=host_segments, examples=examples,
   )  # fmt: skip
   credits = jax.device_get(assigned.credit)

@@ -96,7 +96,7 @@ def compile_all(config: ConfigDict, vocab_size: int, devices: Any, names: list[s
   """Compiles the programs; a dict of plain numbers, bytes and FLOPs a chip."""
   chip = costs.CHIPS[TOPOLOGY.value.split(":")[0]]
   model = config_lib.model_config(config, vocab_size)
-  state, _ = costs.abstract_state(config, model, sharding.make_mesh(**config.mesh, devices=devices))
+  state, _ = costs.abstract_state(config, model, config_lib.meshes(config, devices)[0])
   resident = costs.bytes_a_chip(state)
   programs = costs.programs(config, vocab_size, devices)
   result: dict[str, Any] = {"hbm": chip.hbm, "train_state": resident, "programs": {}}
@@ -177,7 +177,7 @@ def show(result: dict[str, Any]) -> None:
 
 def search(config: ConfigDict, vocab_size: int, devices: Any) -> ConfigDict | None:
   """The configuration with the largest batch that fits and the cheapest remat policy and microbatches for it."""
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  mesh, _ = config_lib.meshes(config, devices)
 
   def fits(names: list[str], changes: dict[str, Any]) -> bool:
     result = compile_all(changed(config, changes), vocab_size, devices, names)
