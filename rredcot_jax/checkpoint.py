@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import shutil
+import time
 from typing import Any
 
 import chex
@@ -49,23 +50,31 @@ class Checkpointer:
       directory: made if need be.
       keep: at least 2.
       on_failure: whether a checkpoint that cannot be written (a full disk) raises
-        `SaveFailed`, or is reported and counted in `num_failed`.
+        `SaveFailed`, or is reported and counted in `num_failed`; of several processes the
+        one that cannot write raises.
       writes: whether this is the run's own; what killed runs have left half-written is
         then removed. Off, nothing in the directory is changed.
 
     Raises:
-      ValueError: if `keep` < 2: a damaged newest checkpoint could not be passed over.
+      ValueError: if `keep` < 2: a damaged newest checkpoint could not be passed over; if
+        there are several processes and `on_failure` is "continue".
     """
     check_option("checkpoint.on_failure", on_failure, ON_FAILURE)
+    if on_failure == "continue" and jax.process_count() > 1:
+      raise ValueError(
+        f"checkpoint.on_failure='continue' and {jax.process_count()} processes: a checkpoint that one of them cannot "
+        "write keeps the others waiting for it. Set it to 'stop': those before it stay, and the same command resumes."
+      )
     if keep < 2:
       raise ValueError(f"checkpoint.keep={keep} must be at least 2, so that a damaged one can be passed over.")
     self._directory = pathlib.Path(directory).absolute()
     self._on_failure, self._writes, self.num_failed = on_failure, writes, 0
     self._saving: int | None = None  # The step that is being written.
+    self._own_failure: Exception | None = None  # Of several processes, this one's in the background.
     self._options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=writes
     )
-    self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+    self._manager = self._open()
 
   def save(self, step: int, state: Any, data: dict) -> None:
     """Writes in the background, unless `step` is there already; `wait` before leaving."""
@@ -81,7 +90,11 @@ class Checkpointer:
 
   def check(self) -> None:
     """Reports a write that has failed meanwhile, without waiting for one that goes on."""
-    if self._saving is not None and not self._manager.is_saving_in_progress():
+    if self._saving is None:
+      return
+    if self._manager.is_saving_in_progress():
+      self._raise_own_failure()
+    else:
       self._settle(self._on_failure)
 
   def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
@@ -130,11 +143,44 @@ class Checkpointer:
   def _settle(self, on_failure: str) -> None:
     if self._saving is None:
       return
+    while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+      self._raise_own_failure()
+      time.sleep(0.01)
     try:
       self._manager.wait_until_finished()
     except Exception as error:  # See `restore_latest`.
       self._failed(error, on_failure)
     self._saving = None
+
+  def _open(self) -> ocp.CheckpointManager:
+    manager = ocp.CheckpointManager(self._directory, options=self._options)
+    if jax.process_count() == 1:
+      return manager
+    # Orbax waits for the other processes before it tells what went wrong, and they for this one: it is noted here.
+    checkpointer = manager._checkpointer
+    wait = checkpointer.wait_until_finished
+
+    def noted() -> None:
+      try:
+        wait()
+      except Exception as error:
+        self._own_failure = error
+        raise
+
+    checkpointer.wait_until_finished = noted
+    return manager
+
+  def _raise_own_failure(self) -> None:
+    """Of several processes: raises what this one could not write, or that another one was lost meanwhile."""
+    error = self._own_failure
+    if error is None:
+      return
+    if isinstance(error.__cause__, jax.errors.JaxRuntimeError):
+      raise error.__cause__
+    raise SaveFailed(
+      f"checkpoint {self._saving} could not be written by process {jax.process_index()} ({_reason(error)}); those "
+      f"before it are untouched. Make room in {self._directory} and run the same command again."
+    ) from error
 
   def _failed(self, error: Exception, on_failure: str) -> None:
     step, self._saving = self._saving, None
@@ -169,7 +215,7 @@ class Checkpointer:
         aside = self._directory / f"damaged-{step}-{number}"
       (self._directory / str(step)).rename(aside)
     distributed.barrier("moved the damaged checkpoints")
-    self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+    self._manager = self._open()
 
 
 def _reason(error: Exception) -> str:

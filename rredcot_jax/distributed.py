@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -136,10 +137,11 @@ def check_same(what: str, text: str) -> None:
 
 @contextlib.contextmanager
 def stops_with_the_others(command: str) -> Iterator[None]:
-  """Ends this process, with a message, when another one of the run is lost.
+  """Ends this process of several, with a message, when another one is lost or it fails itself.
 
-  What it was waiting for together with the lost one raises an error; leaving in good
-  order would wait for it once more, so this process leaves at once.
+  What it was waiting for together with a lost one raises an error. Leaving in good
+  order would wait for the others once more, so this process leaves at once: with status
+  `LOST`, or 1 where the failure is its own.
   """
   try:
     yield
@@ -153,6 +155,13 @@ def stops_with_the_others(command: str) -> Iterator[None]:
       file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(LOST)
+  except Exception:
+    if jax.process_count() == 1:
+      raise
+    traceback.print_exc()
+    me = jax.process_index()
+    print(f"process {me} of {jax.process_count()} stops, and the others with it.", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 # ---- Whose rows are whose --------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """experiments/train.py on a small configuration, which this file also is; started by distributed_test.py.
 
-    python tests/process_run.py (SIGNAL STEP | - -) --config tests/process_run.py --workdir WORKDIR ...
+    python tests/process_run.py (FATE STEP | - -) --config tests/process_run.py --workdir WORKDIR ...
 
-With SIGNAL (KILL or TERM) it sends that to itself in the STEP-th step of this start, after its rollout.
+In the STEP-th step of this start, after its rollout, it sends itself a signal where FATE is KILL or TERM;
+where FATE is FULL its disk is full from then on.
 """
 
 import os
+import resource
 import signal
+import subprocess
 import sys
 
 import tiny_config
@@ -17,7 +20,7 @@ from ml_collections import ConfigDict
 from rredcot_jax import evaluation
 from rredcot_jax.tasks.chain import Chain
 
-HEARTBEAT_SECONDS = 10
+HEARTBEAT_SECONDS = 30  # JAX aborts a process whose others are starved for so long.
 
 
 def get_config() -> ConfigDict:
@@ -36,6 +39,14 @@ def reward(self: Chain, example: object, text: str) -> float:
   return float(len(text) % 3 == 0)
 
 
+def full_disk() -> None:
+  """No file of this process may grow beyond 500 bytes; what it prints goes through another one."""
+  printer = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+  for stream in (1, 2):
+    os.dup2(printer.stdin.fileno(), stream)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
 def main() -> None:
   name, step = sys.argv.pop(1), sys.argv.pop(1)
   Chain.reward = reward
@@ -45,7 +56,7 @@ def main() -> None:
     nonlocal calls
     calls += 1
     if str(calls) == step:
-      os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+      full_disk() if name == "FULL" else os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
     return original(*args)
 
   evaluation.returns_of = counted
