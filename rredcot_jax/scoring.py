@@ -13,6 +13,7 @@ cache: inputs (o_{e-1}, c_0 .. c_{S-2}) give the log-probabilities of c_0 .. c_{
 Nothing here carries a gradient: values belong to the policy that sampled.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -55,14 +56,13 @@ def trace_log_probs(
   hidden, _ = decoder.forward(params, config, tokens, mask)
   # The last prompt token predicts the first trace token; the last trace token predicts nothing here.
   width = batch.prompt_tokens.shape[1]
-  chosen, entropy = _of_tokens(
-    decoder.head_of(params), hidden[:, width - 1 : -1], batch.tokens, temperature, config.compute.log_prob_chunk
-  )
+  of_tokens = functools.partial(_of_tokens, temperature=temperature, chunk=config.compute.log_prob_chunk)
+  chosen, entropy = sharding.by_rows(of_tokens, decoder.head_of(params), hidden[:, width - 1 : -1], batch.tokens)
   return jnp.where(batch.mask, chosen, 0.0), jnp.where(batch.mask, entropy, 0.0)
 
 
 def _of_tokens(
-  head: chex.Array, hidden: chex.Array, tokens: chex.Array, temperature: float, chunk: int
+  head: chex.Array, hidden: chex.Array, tokens: chex.Array, *, temperature: float, chunk: int
 ) -> tuple[chex.Array, chex.Array]:
   """[B, T] log-probabilities of `tokens` and entropies, of hidden states [B, T, D] that predict them."""
 

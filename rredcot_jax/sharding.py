@@ -194,7 +194,7 @@ def put_state(placement: Any, tree: Any) -> Any:
   return jax.tree.map(put, tree, placement)
 
 
-def _parts(mesh: Mesh) -> int:
+def _parts(mesh: Mesh | AbstractMesh) -> int:
   return int(np.prod([mesh.shape[axis] for axis in _BATCH_AXES]))
 
 
@@ -262,6 +262,31 @@ def each_part(
   return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_spec, check_vma=False)(*args)
 
 
+def by_rows(function: Callable[..., Any], shared: jax.Array, *args: jax.Array) -> Any:
+  """`function(shared, *args)` on each device's rows of `args`, with the whole of `shared` there.
+
+  For loops in which every round reads `shared`: it is gathered over the data axes once
+  and its gradient summed over them once, where the compiler would do both in every round.
+
+  Args:
+    function: of `shared` and rows, to a tree of arrays of those rows; rows are independent.
+    shared: a parameter.
+    args: leading axis rows.
+  """
+  mesh = _current()
+  parts = 1 if mesh is None else _parts(mesh)
+  if mesh is None or parts == 1 or args[0].shape[0] % parts:
+    return function(shared, *args)
+  rows = P(_BATCH_AXES)
+
+  def of_part(shared: jax.Array, *args: jax.Array) -> Any:
+    # Each device's own copy from here on: the sum over devices is the gradient of this line, outside of any loop.
+    return function(jax.lax.pcast(shared, _BATCH_AXES, to="varying"), *args)
+
+  in_specs = (P(), *[rows] * len(args))
+  return jax.shard_map(of_part, mesh=mesh, in_specs=in_specs, out_specs=rows, axis_names=set(_BATCH_AXES))(shared, *args)
+
+
 def platform() -> str:
   """What is compiled for: "cpu", "gpu" or "tpu", of the mesh in use or of this process."""
   mesh = _current()
@@ -272,9 +297,12 @@ def platform() -> str:
 
 def _current() -> AbstractMesh | None:
   mesh = jax.sharding.get_abstract_mesh()
-  # Inside `each_part` axes are manual, and nothing is left to place.
-  return None if mesh.empty or mesh.manual_axes else mesh
+  # Inside `each_part` all axes are manual, and nothing is left to place.
+  return None if mesh.empty or len(mesh.manual_axes) == len(AXES) else mesh
 
 
 def _spec(mesh: Mesh | AbstractMesh, dimensions: Sequence[str | None], shape: Sequence[int]) -> P:
-  return P(*(_fitting(mesh, _DIMENSIONS[name], size) for name, size in zip(dimensions, shape, strict=True)))
+  # Inside `by_rows` rows are split already.
+  placed = set(AXES) - set(mesh.manual_axes if isinstance(mesh, AbstractMesh) else ())
+  axes = [tuple(axis for axis in _DIMENSIONS[name] if axis in placed) for name in dimensions]
+  return P(*(_fitting(mesh, each, size) for each, size in zip(axes, shape, strict=True)))

@@ -1,5 +1,6 @@
 """Placement by name, and the two updates on every kind of mesh against one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,9 +10,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rredcot_jax import losses, sampling, scoring, sharding, train_step, types
+from rredcot_jax import compiled, losses, sampling, scoring, sharding, train_step, types
 from rredcot_jax.model import decoder
-from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.model.config import Compute, ModelConfig
 
 CONFIG = ModelConfig(
   vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, qkv_bias=True,
@@ -58,6 +59,8 @@ UPDATES = {
     loss=functools.partial(losses.policy_loss, loss="dapo", kl="k3", kl_coefficient=0.1),
   ),
 }
+IN_CHUNKS = {chunk: dataclasses.replace(CONFIG, compute=Compute(log_prob_chunk=chunk)) for chunk in (1, 2, 4)}
+UPDATES["policy in chunks"] = functools.partial(UPDATES["policy"], config=IN_CHUNKS[4])  # The last of them is padded.
 
 
 @functools.cache
@@ -88,6 +91,23 @@ def test_an_update_on_a_mesh_equals_one_device(name, axes):
   assert min(moved["embedding"], moved["head"], *moved["blocks"].values()) > 1e-5
   for ours, theirs in zip(jax.tree.leaves((together, metrics)), jax.tree.leaves((expected, expected_metrics))):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_the_head_is_gathered_once_whatever_the_number_of_chunks(axes):
+  mesh = sharding.make_mesh(**axes)
+  state, batch = make_state(), sharding.put_batch(mesh, make_batch())
+  placement = sharding.infer(mesh, state)
+
+  def sent(chunk):
+    """Bytes a device sends in an update."""
+    update = functools.partial(UPDATES["policy"], config=IN_CHUNKS[chunk])
+    with sharding.use(mesh):
+      step = jax.jit(update, in_shardings=(placement, sharding.batch(mesh)), out_shardings=(placement, None))
+      counts = compiled.count(step.lower(state, batch).compile().as_text())
+    return sum(counts.collective_bytes.values())
+
+  assert abs(sent(1) - sent(2)) < CONFIG.vocab_size * CONFIG.width * 4, (sent(1), sent(2))
 
 
 def test_parameters_and_their_moments_are_placed_by_name():
