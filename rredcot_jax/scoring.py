@@ -56,8 +56,9 @@ def trace_log_probs(
   hidden, _ = decoder.forward(params, config, tokens, mask)
   # The last prompt token predicts the first trace token; the last trace token predicts nothing here.
   width = batch.prompt_tokens.shape[1]
-  of_tokens = functools.partial(_of_tokens, temperature=temperature, chunk=config.compute.log_prob_chunk)
-  chosen, entropy = sharding.by_rows(of_tokens, decoder.head_of(params), hidden[:, width - 1 : -1], batch.tokens)
+  chunk = -(-config.compute.log_prob_chunk // sharding.parts("tokens"))
+  of_tokens = functools.partial(_of_tokens, temperature=temperature, chunk=chunk)
+  chosen, entropy = sharding.by_tokens(of_tokens, decoder.head_of(params), hidden[:, width - 1 : -1], batch.tokens)
   return jnp.where(batch.mask, chosen, 0.0), jnp.where(batch.mask, entropy, 0.0)
 
 

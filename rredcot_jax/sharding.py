@@ -262,29 +262,35 @@ def each_part(
   return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_spec, check_vma=False)(*args)
 
 
-def by_rows(function: Callable[..., Any], shared: jax.Array, *args: jax.Array) -> Any:
-  """`function(shared, *args)` on each device's rows of `args`, with the whole of `shared` there.
+def by_tokens(function: Callable[..., Any], shared: jax.Array, *args: jax.Array) -> Any:
+  """`function(shared, *args)` on each device's rows and tokens of `args`, with the whole of `shared` there.
 
-  For loops in which every round reads `shared`: it is gathered over the data axes once
-  and its gradient summed over them once, where the compiler would do both in every round.
+  For loops in which every round reads `shared`: it is gathered once and its gradient
+  summed over the devices once, where the compiler would do both in every round. A
+  `tensor` axis stays the compiler's.
 
   Args:
-    function: of `shared` and rows, to a tree of arrays of those rows; rows are independent.
+    function: of `shared` and arrays [B, T, ...], to a tree of arrays [B, T, ...]; tokens are independent.
     shared: a parameter.
-    args: leading axis rows.
+    args: arrays [B, T, ...]; they are left whole along a dimension that does not divide.
   """
   mesh = _current()
-  parts = 1 if mesh is None else _parts(mesh)
-  if mesh is None or parts == 1 or args[0].shape[0] % parts:
+  if mesh is None:
     return function(shared, *args)
-  rows = P(_BATCH_AXES)
+  split = tuple(
+    axes if size % int(np.prod([mesh.shape[axis] for axis in axes])) == 0 else ()
+    for axes, size in zip((_BATCH_AXES, _DIMENSIONS["tokens"]), args[0].shape)
+  )
+  manual = set().union(*split)
 
   def of_part(shared: jax.Array, *args: jax.Array) -> Any:
     # Each device's own copy from here on: the sum over devices is the gradient of this line, outside of any loop.
-    return function(jax.lax.pcast(shared, _BATCH_AXES, to="varying"), *args)
+    return function(jax.lax.pcast(shared, tuple(manual), to="varying"), *args)
 
-  in_specs = (P(), *[rows] * len(args))
-  return jax.shard_map(of_part, mesh=mesh, in_specs=in_specs, out_specs=rows, axis_names=set(_BATCH_AXES))(shared, *args)
+  if not manual:
+    return function(shared, *args)
+  in_specs = (P(), *[P(*split)] * len(args))
+  return jax.shard_map(of_part, mesh=mesh, in_specs=in_specs, out_specs=P(*split), axis_names=manual)(shared, *args)
 
 
 def platform() -> str:
@@ -302,7 +308,7 @@ def _current() -> AbstractMesh | None:
 
 
 def _spec(mesh: Mesh | AbstractMesh, dimensions: Sequence[str | None], shape: Sequence[int]) -> P:
-  # Inside `by_rows` rows are split already.
+  # Inside `by_tokens` rows and tokens are split already.
   placed = set(AXES) - set(mesh.manual_axes if isinstance(mesh, AbstractMesh) else ())
   axes = [tuple(axis for axis in _DIMENSIONS[name] if axis in placed) for name in dimensions]
   return P(*(_fitting(mesh, each, size) for each, size in zip(axes, shape, strict=True)))
