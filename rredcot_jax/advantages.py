@@ -62,12 +62,14 @@ def group_advantages(
     [G] of the type of `returns`. No gradient flows to `returns`.
 
   Raises:
-    ValueError: if an option is unknown or G < 2.
+    ValueError: if an option is unknown, G < 2, epsilon is not positive, or scale="std" has no baseline.
   """
   types.check_option("baseline", baseline, BASELINES)
   types.check_option("scale", scale, SCALES)
   chex.assert_rank(returns, 1)
   chex.assert_type(returns, float)
+  if not epsilon > 0:
+    raise ValueError(f"epsilon={epsilon} must be > 0: it keeps a group of equal returns from a division by 0.")
   group_size = returns.shape[0]
   if group_size < 2:
     raise ValueError(
@@ -195,7 +197,7 @@ def token_advantages(
     [T] of the type of `rewards`, 0 on padding. No gradient flows to the arguments.
 
   Raises:
-    ValueError: if `mode` is unknown or `floor` is outside [0, 1].
+    ValueError: if `mode` is unknown or `floor`, where it is read, is outside [0, 1].
   """
   types.check_option("mode", mode, MODES)
   _check_trace(rewards, group_advantage, segments)

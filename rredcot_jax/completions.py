@@ -6,7 +6,8 @@ solution, the answer with its end-of-sequence token. Four banks [C]:
   answer    exit + answer
   solution  exit + reference solution + answer
   suffix    the rest of the reference from where the state stands: after j whole
-            lines and i tokens of the next, the reference from token i of step j on
+            lines and i tokens of the next, the reference from token i of step j on;
+            nothing once another answer is stated
   rollouts  what the group's own successful traces wrote after the same segment
             number, with their sampling log-probabilities as log q; no reference
 
@@ -83,7 +84,8 @@ def make_bank(
       self-normalised form needs them).
 
   Raises:
-    ValueError: on unknown names, or a bank that the references cannot fill.
+    ValueError: on unknown names, a bank that the references cannot fill, max_tokens or
+      bank_size below 1, or rows that do not make groups of `group_size`.
   """
   check_option("bank", name, BANKS)
   check_option("fallback", fallback, FALLBACKS)
@@ -100,7 +102,7 @@ def make_bank(
   builder = _Builder(batch, k_max, n, max_tokens)
   empty = np.zeros(batch, bool)
   if name == "rollouts":
-    empty = _add_rollouts(builder, rollout, segments, returns, group_size, with_failures)
+    empty = _add_rollouts(builder, references, rollout, segments, returns, group_size, with_failures)
   if needed != "uniform":
     rows = np.flatnonzero(empty) if name == "rollouts" else np.arange(batch)
     _add_references(builder, needed, references, rows, rollout, segments, newlines, force_exit)
@@ -177,33 +179,61 @@ def _add_references(
 
 
 def _suffix(reference: Reference, prefix: np.ndarray, newlines: np.ndarray) -> list[int]:
-  """The rest of the reference from where `prefix` stands; [] if nothing is left."""
-  ending = [*reference.exit, *reference.answer]
-  left = _find(prefix, reference.exit)
-  if left >= 0:
-    return ending[len(prefix) - left :]
-  line_ends = np.flatnonzero(newlines[prefix] > 0)
-  done = len(line_ends)
-  offset = len(prefix) - (line_ends[-1] + 1 if done else 0)
-  written = prefix[len(prefix) - offset :].tolist()
-  if written and written == list(reference.exit[:offset]):
-    return ending[offset:]  # Cut inside an exit of several tokens.
-  pieces = [*reference.steps[done:], ending]
-  rest = list(pieces[0][offset:]) if len(pieces) > 1 else list(ending)
-  return rest + [token for piece in pieces[1:] for token in piece]
+  """The rest of the reference from where `prefix` stands; [] if nothing of it is left that could still be right."""
+  written, ending = prefix.tolist(), [*reference.exit, *reference.answer]
+  whole = [*(token for step in reference.steps for token in step), *ending]
+  if written == whole[: len(written)]:
+    return whole[len(written) :]
+  stated = _stated(prefix, reference.exit)
+  if stated is not None:
+    answer = list(reference.answer)
+    return answer[len(stated) :] if stated == answer[: len(stated)] else []
+  for size in range(len(reference.exit) - 1, 0, -1):  # Cut inside an exit of several tokens.
+    begun = list(reference.exit[:size])
+    if written[-size:] == begun and not _ends_line(np.array(begun), newlines).any():
+      return ending[size:]
+
+  ends = _ends_line(prefix, newlines)
+  # Blank lines belong to the line before them: a run of newlines ends one line, and none where nothing was written.
+  done = int(np.count_nonzero(ends[1:] & ~ends[:-1]))
+  offset, run = _since_last(ends), _since_last(~ends)
+  if done >= len(reference.steps):
+    # The answer may follow without an exit. What else is written there is a line more than the reference has.
+    begun = written[len(written) - offset :]
+    return ending if reference.exit or not begun else ending[offset:] if begun == ending[:offset] else []
+  rest = [*reference.steps[done][offset:], *(token for step in reference.steps[done + 1 :] for token in step), *ending]
+  if not (run and done):
+    return rest
+  before = list(reference.steps[done - 1])
+  blank = _since_last(~_ends_line(np.array(before, int), newlines))
+  return [*before[len(before) - blank :][run:], *rest]  # Blank lines not written yet.
 
 
-def _find(tokens: np.ndarray, pattern: Sequence[int]) -> int:
-  """First place of `pattern` in `tokens`, or -1."""
-  if len(tokens) < len(pattern):
-    return -1
-  windows = np.lib.stride_tricks.sliding_window_view(tokens, len(pattern))
-  hits = np.flatnonzero((windows == np.asarray(pattern)).all(axis=1))
-  return int(hits[0]) if len(hits) else -1
+def _ends_line(tokens: np.ndarray, newlines: np.ndarray) -> np.ndarray:
+  """[T] bool, tokens with a newline in them; ids that the tokenizer does not know have none."""
+  known = tokens < len(newlines)
+  return known & (newlines[np.where(known, tokens, 0)] > 0)
+
+
+def _since_last(flags: np.ndarray) -> int:
+  """Places after the last True."""
+  places = np.flatnonzero(flags)
+  return len(flags) - (int(places[-1]) + 1 if len(places) else 0)
+
+
+def _stated(prefix: np.ndarray, exit_ids: Sequence[int]) -> list[int] | None:
+  """The tokens after the first exit, or None if there is none."""
+  size = len(exit_ids)
+  if not size or len(prefix) < size:
+    return None
+  windows = np.lib.stride_tricks.sliding_window_view(prefix, size)
+  hits = np.flatnonzero((windows == np.asarray(exit_ids)).all(axis=1))
+  return prefix[hits[0] + size :].tolist() if len(hits) else None
 
 
 def _add_rollouts(
   builder: _Builder,
+  references: Sequence[Reference],
   rollout: Rollout,
   segments: Segments,
   returns: np.ndarray,
@@ -214,7 +244,8 @@ def _add_rollouts(
 
   A state k averages over the G_k traces of the group that have a segment k, as
   if all were in the bank: failures contribute 0 without being scored, so the
-  utilities of those put in carry the factor (successes at k) / G_k.
+  utilities of those put in carry the factor (successes at k) / G_k. A suffix whose
+  trace had stated something else of an answer than this one is a failure here.
   """
   batch, _, n, _ = builder.tokens.shape
   if batch % group_size:
@@ -223,8 +254,12 @@ def _add_rollouts(
   lengths = np.asarray(rollout.mask).sum(axis=1)
   starts, num_segments = np.asarray(segments.starts), np.asarray(segments.num_segments)
   returns = np.asarray(returns)
-  # log q of the suffix from each place on, as a reversed running sum.
-  log_q = np.cumsum(np.where(rollout.mask, log_probs, 0.0)[:, ::-1], axis=1)[:, ::-1]
+  # log q of the suffix from each place on, as a reversed running sum; in float32 its error would grow with T.
+  log_q = np.cumsum(np.where(rollout.mask, log_probs, 0.0)[:, ::-1], axis=1, dtype=np.float64)[:, ::-1]
+  stated = [
+    [_stated(tokens[row, : starts[row, k]], references[row].exit) for k in range(num_segments[row])]
+    for row in range(batch)
+  ]
   empty = np.zeros(batch, bool)
   for row in range(batch):
     first = row // group_size * group_size
@@ -232,7 +267,8 @@ def _add_rollouts(
     group = [first + (row - first + i) % group_size for i in range(group_size)]
     for k in range(num_segments[row]):
       present = [j for j in group if k < num_segments[j]]
-      chosen = [j for j in present if with_failures or returns[j] > 0]
+      alike = [j for j in present if stated[j][k] == stated[row][k]]
+      chosen = [j for j in alike if with_failures or returns[j] > 0]
       fitting = [j for j in chosen if lengths[j] - starts[j, k] <= builder.max_tokens]
       # A success that does not fit counts as a failure would: conservative, and counted.
       builder.num_dropped += len(chosen) - len(fitting)

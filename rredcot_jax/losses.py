@@ -97,7 +97,9 @@ def policy_loss(
     where it exceeds 1 + clip_high.
 
   A batch without loss tokens has loss 0 and gradient 0. Log-ratios are limited to
-  +-20 nats before exp, beyond which no gradient flows.
+  +-20 nats before exp, beyond which no gradient flows through them (cispo's flows
+  through log pi, those of k1 and k2 are not limited). Log-probabilities of loss tokens
+  are finite.
 
   KL_t estimates KL(pi || pi_ref) from the sampled token, with
   d = log pi_ref(o_t) - log pi(o_t) (Schulman, joschu.net/blog/kl-approx.html):

@@ -15,7 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rredcot_jax.masked import masked_logsumexp
+from rredcot_jax.masked import masked_logsumexp, masked_max
 from rredcot_jax.types import check_option
 
 FORMS = ("plain", "truncated", "self_normalised", "length_normalised")
@@ -50,7 +50,7 @@ def estimate_values(
   Args:
     log_p: [K, N] float, log p(c_n | s_k), nats.
     utilities: [K or 1, N] float >= 0.
-    log_q: [K or 1, N] float, nats.
+    log_q: [K or 1, N] float, finite where valid, nats.
     valid: [K or 1, N] bool; N in the formulas counts the valid ones of a state.
     lengths: [K or 1, N] int, scored tokens of each completion.
     form: one of `FORMS`.
@@ -58,8 +58,8 @@ def estimate_values(
 
   Returns:
     values [K] float32, 0 for a state without valid completions, and
-    effective sample size [K] float32, (sum w)^2 / sum w^2 in [1, N], or 0 then.
-    Neither carries a gradient.
+    effective sample size [K] float32, (sum w)^2 / sum w^2 in [1, N] but for rounding, or
+    0 then. A value is at most e^80. Neither carries a gradient.
 
   Raises:
     ValueError: on an unknown form or a cap that is not positive.
@@ -70,11 +70,16 @@ def estimate_values(
   chex.assert_rank([log_p, utilities, log_q, valid, lengths], 2)
   chex.assert_equal_shape([utilities, log_q, valid, lengths])
   utilities, log_q, valid, lengths = (jnp.broadcast_to(x, log_p.shape) for x in (utilities, log_q, valid, lengths))
+  utilities = jax.lax.stop_gradient(utilities)
   log_weights = jax.lax.stop_gradient(jnp.where(valid, log_p - log_q, 0.0)).astype(jnp.float32)
   if form == "length_normalised":
     log_weights = log_weights / jnp.maximum(lengths, 1)
   if form == "truncated":
     log_weights = jnp.minimum(log_weights, jnp.log(max_weight))
+  # Ratios of weights are taken between small numbers: logarithms of -500 have lost the digits that they differ in.
+  largest = masked_max(log_weights, valid, axis=-1)
+  largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+  log_weights = log_weights - largest[:, None]
 
   useful = jnp.logical_and(valid, utilities > 0)
   log_utilities = jnp.log(jnp.where(useful, utilities, 1.0))
@@ -83,7 +88,8 @@ def estimate_values(
   count = jnp.sum(valid, axis=-1)
   # Where no completion has any likelihood at all the weights say nothing: value 0, sample size 0.
   some = jnp.logical_and(count > 0, log_total != -jnp.inf)
-  log_norm = log_total if form == "self_normalised" else jnp.log(jnp.maximum(count, 1).astype(jnp.float32))
+  log_count = jnp.log(jnp.maximum(count, 1).astype(jnp.float32))
+  log_norm = log_total if form == "self_normalised" else log_count - largest
   log_values = jnp.where(some, log_sum, -jnp.inf) - jnp.where(some, log_norm, 0.0)
   log_ess = 2 * log_total - masked_logsumexp(2 * log_weights, valid, axis=-1)
   ess = jnp.where(some, jnp.exp(jnp.where(some, log_ess, 0.0)), 0.0)

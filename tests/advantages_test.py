@@ -236,6 +236,9 @@ def test_errors():
       advantages.sigma(reward_k([1, 2]), 1.0, segments, floor=floor)
   with pytest.raises(ValueError, match="did you mean 'mean'"):
     advantages.group_advantages(jnp.ones(3), baseline="means")
+  for epsilon in (0.0, -1.0):
+    with pytest.raises(ValueError, match=f"epsilon={epsilon} must be > 0"):
+      advantages.group_advantages(jnp.ones(3), epsilon=epsilon)
   with pytest.raises(ValueError, match="did you mean 'std'"):
     advantages.group_advantages(jnp.ones(3), scale="sd")
   with pytest.raises(AssertionError):

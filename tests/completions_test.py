@@ -130,9 +130,60 @@ def test_a_reference_fallback_replaces_the_failures_and_is_not_uniform():
   assert bank.completions.valid[0, 0].tolist() == [True, False, False] and texts(bank, 0) == [[9, 5, 7]]
 
 
-def test_suffix_cut_inside_an_exit_of_several_tokens():
-  long_exit = [Reference(steps=REFERENCE.steps, exit=[9, 4], answer=[5, 7])]
-  assert texts(make("suffix", [[1, 2, 8, 9, 6, 7]], [[4, 6]], references=long_exit), 0)[1] == [4, 5, 7]
+@pytest.mark.parametrize(
+  "reference",
+  [
+    REFERENCE,
+    Reference(steps=REFERENCE.steps, exit=[], answer=[5, 7]),
+    Reference(steps=REFERENCE.steps, exit=[9, 4], answer=[5, 7]),
+    Reference(steps=[[1, 2, 8, 8], [3, 4]], exit=[8, 9], answer=[5, 5, 7]),
+    Reference(steps=[[1, 2, 8, 8], [3, 4, 8, 8, 8]], exit=[], answer=[3, 4, 7]),
+  ],
+)
+def test_along_the_reference_the_suffix_is_what_is_left_of_it(reference):
+  whole = [*(token for step in reference.steps for token in step), *reference.exit, *reference.answer]
+  bank = make("suffix", [whole], [list(range(1, len(whole) + 1))], references=[reference])
+  assert texts(bank, 0) == [whole[k:] for k in range(len(whole))]
+
+
+@pytest.mark.parametrize(
+  ("exit_ids", "prefix", "rest"),
+  [
+    ([9, 4], [1, 6, 8, 9], [4, 5, 7]),  # Cut inside an exit of several tokens.
+    ([9, 4], [1, 6, 9], [4, 5, 7]),
+    ([], [6, 6, 8, 3, 4, 8], [5, 7]),
+    ([], [6, 6, 8, 3, 4, 8, 5], [7]),
+    ([], [6, 6, 8, 3, 4, 8, 6], []),  # Another answer is stated.
+    ([9], [6, 6, 8, 8], [3, 4, 8, 9, 5, 7]),  # A blank line is none of the reference's.
+    ([9], [8, 6, 6, 8], [3, 4, 8, 9, 5, 7]),
+    ([9], [6, 50, 8, 3], [4, 8, 9, 5, 7]),  # A token that the tokenizer does not know.
+  ],
+)
+def test_suffix_off_the_reference(exit_ids, prefix, rest):
+  reference = Reference(steps=REFERENCE.steps, exit=exit_ids, answer=[5, 7])
+  trace = [*prefix, 6, 7]
+  assert texts(make("suffix", [trace], [[len(prefix), len(trace)]], references=[reference]), 0)[1] == rest
+
+
+def test_suffix_writes_the_blank_line_that_the_reference_has():
+  reference = Reference(steps=[[1, 2, 8, 8], [3, 4, 8]], exit=[9], answer=[5, 7])
+  bank = make("suffix", [[6, 8, 3, 7]], [[2, 4]], references=[reference])
+  assert texts(bank, 0)[1] == [8, 3, 4, 8, 9, 5, 7]
+
+
+def test_the_end_of_a_right_answer_does_not_mend_a_wrong_one():
+  rows, ends = [[1, 8, 9, 5, 7], [1, 8, 9, 6, 7]], [[2, 3, 4, 5]] * 2
+  bank = make("rollouts", rows, ends, returns=[1.0, 0.0])
+  assert texts(bank, 1) == [rows[0], [9, 5, 7], [5, 7], []]  # The last state has stated 6.
+  np.testing.assert_allclose(bank.completions.utilities[:, :, 0], [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.0]])
+  suffix = make("suffix", rows, ends, references=[Reference(steps=[[1, 8]], exit=[9], answer=[5, 7])] * 2)
+  assert texts(suffix, 1)[2:] == [[5, 7], []]
+
+
+def test_log_q_of_a_long_suffix_keeps_its_digits():
+  log_probs = -np.random.default_rng(0).exponential(size=(1, 20_000)).astype(np.float32)
+  bank = make("rollouts", [[1] * 20_000], [[20_000]], returns=[1.0], log_probs=log_probs, max_tokens=20_000)
+  assert bank.completions.log_q[0, 0, 0] == np.float32(log_probs.astype(np.float64).sum())
 
 
 def test_errors_name_the_fix():

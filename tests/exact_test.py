@@ -159,6 +159,23 @@ def test_long_completions_do_not_underflow():
   assert estimate(log_p, [1.0, 1.0], log_q) == pytest.approx((np.exp(0.5) + np.exp(-0.5)) / 2)
 
 
+def test_ratios_of_tiny_weights_keep_their_digits():
+  ones, lengths = jnp.ones((1, 3)), jnp.ones((1, 3), int)
+  for log_p in (-1000.0, 30.0):
+    args = (jnp.full((1, 3), log_p), jnp.array([[1.0, 0, 0]]), 0 * ones, ones > 0, lengths)
+    values, ess = estimate_values(*args, form="self_normalised")
+    np.testing.assert_allclose([values[0], ess[0]], [1 / 3, 3], rtol=1e-6)
+  np.testing.assert_allclose(estimate_values(*args)[0], np.exp(30.0) / 3, rtol=1e-5)
+
+
+def test_values_carry_no_gradient():
+  ones, used = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
+  log_p = jnp.log(jnp.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
+  total = lambda *x: sum(jnp.sum(y) for y in estimate_values(x[0], x[1], x[2], used, used.astype(int)))
+  for gradient in jax.grad(total, argnums=(0, 1, 2))(log_p, ones, 0 * ones):
+    np.testing.assert_array_equal(gradient, 0)
+
+
 def test_empty_places_are_ignored_under_jit_and_vmap():
   nan = jnp.nan
   log_p = jnp.array([[[jnp.log(0.5), nan], [nan, nan]], [[jnp.log(0.25), jnp.log(0.75)], [0.0, 0.0]]])
