@@ -101,12 +101,14 @@ def count(text: str) -> Counts:
   """Walks a compiled module's text, `compiled.as_text()`."""
   computations, entry = _parse(text)
   shapes = {one.name: one.shapes for body in computations.values() for one in body}
+  partitions = re.search(r"\bnum_partitions=(\d+)", text)
+  devices = int(partitions.group(1)) if partitions else 1
 
   @functools.cache
   def of(name: str) -> Counts:
     total = Counts()
     for one in computations[name]:
-      total = total.plus(_own(one, shapes))
+      total = total.plus(_own(one, shapes, devices))
       called = _CALLED.findall(one.text)
       for branches in _BRANCHES.findall(one.text):
         called += [branch.strip().lstrip("%") for branch in branches.split(",")]
@@ -197,7 +199,7 @@ def _closing(text: str) -> int:
   return len(text)
 
 
-def _own(one: _Instruction, shapes: Mapping[str, list[tuple[str, tuple[int, ...]]]]) -> Counts:
+def _own(one: _Instruction, shapes: Mapping[str, list[tuple[str, tuple[int, ...]]]], devices: int) -> Counts:
   if one.opcode == "dot":
     return Counts(flops=_dot_flops(one, shapes))
   if one.opcode == "convolution":
@@ -209,7 +211,7 @@ def _own(one: _Instruction, shapes: Mapping[str, list[tuple[str, tuple[int, ...]
   if kind not in COLLECTIVES:
     return Counts()
   size = sum(_size(shape) for name in one.operands for shape in shapes.get(name, []))
-  group = _group_size(one.text)
+  group = 1 if kind == "collective-permute" else _group_size(one.text, devices)
   sent = {
     "all-gather": size * (group - 1),
     "reduce-scatter": size * (group - 1) / group,
@@ -224,16 +226,22 @@ def _size(shape: tuple[str, tuple[int, ...]]) -> float:
   return _BYTES.get(shape[0], 0) * math.prod(shape[1])
 
 
-def _group_size(text: str) -> int:
-  """Devices of a collective's group, at least 1."""
+def _group_size(text: str, devices: int) -> int:
+  """Devices of a collective's group.
+
+  Raises:
+    ValueError: on a way of writing groups that is not known.
+  """
   if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
     return max(len(listed.group(1).split(",")), 1)
   if counted := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
     return int(counted.group(2))
-  if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+  if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\)\))? \{([^}]*)\}", text):
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", meshed.group(1))}
     return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", meshed.group(2)))
-  return 2  # A permutation, or one whose groups are all devices; its kind does not look at the number.
+  if "replica_groups={}" in text:
+    return devices
+  raise ValueError(f"the groups of this collective are written in a way that is not known: {text[:300]}")
 
 
 def _dot_flops(one: _Instruction, shapes: Mapping[str, list[tuple[str, tuple[int, ...]]]]) -> float:

@@ -147,6 +147,27 @@ def test_a_tpus_text_has_convolutions_and_bounds_in_conditions():
 
 
 @pytest.mark.parametrize(
+  ("groups", "others"),
+  [
+    ("mesh['a'=2,'b'=4] {'b'}", 3),
+    ("mesh['axis_0'=1,'axis_1'=16,'axis_2'=4], device_ids=([4,16]T(1,0)) {'axis_1'}", 15),
+    ("[4,16]<=[64]", 15),
+    ("[16,4]<=[4,16]T(1,0)", 3),
+    ("{{0,1},{2,3}}", 1),
+    ("{}", 63),  # All devices.
+  ],
+)
+def test_groups_are_read_in_all_their_spellings(groups, others):
+  text = "HloModule jit_f, num_partitions=64\n" + TPU_TEXT.replace("mesh['a'=2,'b'=4] {'b'}", groups)
+  assert compiled.count(text).collective_bytes == {"all-gather": 36 * others * 8 * 128 * 2}
+
+
+def test_a_spelling_of_groups_that_is_not_known_is_not_guessed():
+  with pytest.raises(ValueError, match="the groups of this collective are written in a way that is not known"):
+    compiled.count(TPU_TEXT.replace("mesh['a'=2,'b'=4] {'b'}", "rings(2)"))
+
+
+@pytest.mark.parametrize(
   ("room", "expected"),
   [
     (7, None),  # Not even the first batch.
