@@ -4,8 +4,8 @@
     python experiments/train.py --config configs/chain_comparison.py:method=value_head --workdir runs/value_head
 
 A run is 60 steps of 16 rollouts: about a minute on 2 idle cores, with Monte Carlo several.
-Expected from a start at 46%: GRPO about 84%, RREDCoT's difference about 90% (docs/results.md,
-which also says which methods have been run).
+Expected from a start at 46%: GRPO about 83%, RREDCoT's difference about 89%, Monte Carlo's the same
+(docs/results.md has all of them over five seeds).
 
 All methods share the start, the rollouts a step, the loss and the schedule. Methods whose credit
 reads no group take 8 prompts of 2 rollouts a step instead of 2 of 8. Rates: GRPO's and RREDCoT's

@@ -155,7 +155,9 @@ def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
   """One line of the table."""
   final, ratio = figures["final_accuracy"][name], figures["rollouts_to_grpo_accuracy_over_grpo"][name]
   flops, costs = figures["flops_to_grpo_accuracy_over_grpo"][name], figures["costs_a_step"][name]
-  interval = "" if final["low"] is None else f" ({100 * final['low']:.1f} to {100 * final['high']:.1f})"
+  # A few seeds' interval may leave what an accuracy can be.
+  ends = None if final["low"] is None else (100 * max(final["low"], 0), 100 * min(final["high"], 1))
+  interval = "" if ends is None else f" ({ends[0]:.1f} to {ends[1]:.1f})"
   number = lambda x, form: "–" if x is None else format(x, form)
   return {
     "method": name,

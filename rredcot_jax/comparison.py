@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _WARM_UP = 3
 # Student's t at 97.5% for 1 to 9 degrees of freedom; beyond, the normal's is close enough.
 _T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7a5195")  # Okabe and Ito, and one more.
+# Okabe and Ito, and two more.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7a5195", "#8c564b")
 _MARKERS = "os^Dv<>P"
 # Costs of credit that are averaged over steps, where a run logs them.
 _COSTS = (
@@ -192,7 +193,7 @@ def curves_figure(figures: Mapping[str, Any], x_key: str, panels: Mapping[str, S
 
   labels = {"rollout_tokens": "rollout tokens (thousands)", "flops": "floating-point operations (10¹² = 1 TFLOP)"}
   scale = {"rollout_tokens": 1e3, "flops": 1e12}[x_key]
-  figure = Figure(figsize=(10, 4.4), layout="constrained")
+  figure = Figure(figsize=(10, 5.6), layout="constrained")
   axes: Sequence[Axes] = list(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0])
   baseline = figures["baseline"]
   for ax, (title, names) in zip(axes, panels.items()):
@@ -211,7 +212,8 @@ def curves_figure(figures: Mapping[str, Any], x_key: str, panels: Mapping[str, S
     ax.set_xscale("log" if x_key == "flops" else "linear")
     ax.grid(color="#ececf0", linewidth=0.7)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=7.5, frameon=False, loc="lower right")
+    # Below the axes: nowhere within is free of curves.
+    ax.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
   axes[0].set_ylabel("held-out accuracy, pass@1 (%)")
   return figure
 
