@@ -277,9 +277,10 @@ def by_tokens(function: Callable[..., Any], shared: jax.Array, *args: jax.Array)
   mesh = _current()
   if mesh is None:
     return function(shared, *args)
+  several = [tuple(axis for axis in _DIMENSIONS[name] if mesh.shape[axis] > 1) for name in ("rows", "tokens")]
   split = tuple(
     axes if size % int(np.prod([mesh.shape[axis] for axis in axes])) == 0 else ()
-    for axes, size in zip((_BATCH_AXES, _DIMENSIONS["tokens"]), args[0].shape)
+    for axes, size in zip(several, args[0].shape)
   )
   manual = set().union(*split)
 
