@@ -103,12 +103,13 @@ def count(text: str) -> Counts:
   shapes = {one.name: one.shapes for body in computations.values() for one in body}
   partitions = re.search(r"\bnum_partitions=(\d+)", text)
   devices = int(partitions.group(1)) if partitions else 1
+  again = _written_again(computations)
 
   @functools.cache
   def of(name: str) -> Counts:
     total = Counts()
     for one in computations[name]:
-      total = total.plus(_own(one, shapes, devices))
+      total = total if one.name in again else total.plus(_own(one, shapes, devices))
       called = _CALLED.findall(one.text)
       for branches in _BRANCHES.findall(one.text):
         called += [branch.strip().lstrip("%") for branch in branches.split(",")]
@@ -120,6 +121,19 @@ def count(text: str) -> Counts:
     return total
 
   return of(entry)
+
+
+def _written_again(computations: Mapping[str, list[_Instruction]]) -> set[str]:
+  """Collectives by name that another one stands for: TPUs write one into each of the fusions that it runs beside."""
+  seen: set[str] = set()
+  again: set[str] = set()
+  for one in (one for body in computations.values() for one in body):
+    chained = re.search(r"channel_id=(\d+),.*chain_id=", one.text)
+    if chained and chained.group(1) in seen:
+      again.add(one.name)
+    elif chained:
+      seen.add(chained.group(1))
+  return again
 
 
 def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> int:

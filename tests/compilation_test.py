@@ -162,6 +162,14 @@ def test_groups_are_read_in_all_their_spellings(groups, others):
   assert compiled.count(text).collective_bytes == {"all-gather": 36 * others * 8 * 128 * 2}
 
 
+def test_a_collective_written_into_several_fusions_is_counted_once():
+  gather = next(line for line in TPU_TEXT.splitlines() if "all-gather" in line)
+  chained = gather + ', frontend_attributes={chain_id="13"}'
+  steps = "\n".join(chained.replace("%g", f"%g{i}") for i in range(3))
+  assert compiled.count(TPU_TEXT.replace(gather, steps)).collective_calls == {"all-gather": 36}
+  assert compiled.count(TPU_TEXT.replace(gather, f"{gather}\n{gather}")).collective_calls == {"all-gather": 72}
+
+
 def test_a_spelling_of_groups_that_is_not_known_is_not_guessed():
   with pytest.raises(ValueError, match="the groups of this collective are written in a way that is not known"):
     compiled.count(TPU_TEXT.replace("mesh['a'=2,'b'=4] {'b'}", "rings(2)"))

@@ -355,6 +355,14 @@ def _placed(x: chex.Array) -> chex.Array:
   return sharding.constrain(x, "rows", "tokens", *[None] * (x.ndim - 2))
 
 
+def _placed_heads(x: chex.Array) -> chex.Array:
+  """[B, S, H, D] or [B, M, S, H, D] where it is multiplied with parameters: as `_placed`, heads where a mesh splits them.
+
+  Left to itself the compiler gathers whole traces of all chips for the gradients of these parameters.
+  """
+  return sharding.constrain(x, "rows", "tokens", *[None] * (x.ndim - 4), "heads", None)
+
+
 def _run_layers(
   params: Params,
   config: ModelConfig,
@@ -374,6 +382,7 @@ def _run_layers(
     block, layer = scanned
     query, key, value = _project(block, config, _rms_norm(x, block["attention_norm"], config), turns)
     mixed, carry, kept = attend(query, key, value, carry, layer)
+    mixed = _placed_heads(mixed)
     mixed = checkpoint_name(mixed, "attention") if config.compute.remat == "attention" else mixed
     x = x + _linear(mixed.reshape(*x.shape[:-1], -1), block["out"].reshape(-1, config.width))
     y = _rms_norm(x, block["mlp_norm"], config)
@@ -390,7 +399,7 @@ def _project(
   block: Params, config: ModelConfig, x: chex.Array, turns: tuple[chex.Array, chex.Array]
 ) -> tuple[chex.Array, chex.Array, chex.Array]:
   def project(name: str) -> chex.Array:
-    y = _linear(x, block[name].reshape(config.width, -1)).reshape(*x.shape[:-1], -1, config.head_dim)
+    y = _placed_heads(_linear(x, block[name].reshape(config.width, -1)).reshape(*x.shape[:-1], -1, config.head_dim))
     if config.qkv_bias:
       y = y + jnp.expand_dims(block[f"{name}_bias"], range(y.ndim - 2))
     if config.qk_norm and name != "value":
