@@ -356,7 +356,7 @@ def _placed(x: chex.Array) -> chex.Array:
 
 
 def _placed_heads(x: chex.Array) -> chex.Array:
-  """[B, S, H, D] or [B, M, S, H, D] next to a product with parameters: as `_placed`, and heads where a mesh splits them.
+  """[B, S, H, D] or [B, M, S, H, D] beside a product with parameters: as `_placed`, and heads where a mesh splits any.
 
   Left to itself the compiler gathers whole traces of all chips for the gradients of these parameters.
   """
