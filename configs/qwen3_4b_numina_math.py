@@ -34,7 +34,7 @@ fsdp = 16, so one row a chip; parameters and optimizer float32, the rest bfloat1
 
 What XLA allocates for 16 chips of a v5p (`python tools/tpu_compile.py --config
 configs/qwen3_4b_numina_math.py --topology v5p:2x2x4`) is in docs/results.md: the
-largest of the three programs, the update, takes 31 GiB of a chip's 95, with every
+largest of the three programs, the update, takes 36 GiB of a chip's 95, with every
 layer's activations but attention's computed again and logits for 2,048 tokens at a time.
 For 64 chips of 16 GB (v5e:8x8): `--config.mesh.fsdp=16 --config.mesh.sequence=4
 --config.rollout_mesh.data=16 --config.rollout_mesh.tensor=4 --config.compute.remat=full

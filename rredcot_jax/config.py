@@ -443,6 +443,11 @@ def validate(config: ConfigDict) -> None:
       "(rollout.prompts_per_step x rollout.group_size)."
     )
   room = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+  if room % config.mesh.sequence:
+    raise ValueError(
+      f"mesh.sequence={config.mesh.sequence} does not divide rollout.max_prompt_tokens + rollout.max_tokens = {room}: "
+      f"each of its devices would compute all of it. Add {-room % config.mesh.sequence} to one of them."
+    )
   if 0 < config.model.max_positions < room:
     raise ValueError(
       f"rollout.max_prompt_tokens + rollout.max_tokens = {room} is more than model.max_positions="

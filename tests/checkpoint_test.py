@@ -62,3 +62,6 @@ def test_models_that_are_not_known_or_do_not_fit_are_named():
   config.rollout.max_tokens = 8192
   with pytest.raises(ValueError, match=r"= 8216 is more than model\.max_positions=8192"):
     config_lib.validate(config)
+  config.rollout.max_tokens, config.mesh.sequence = 8000, 16
+  with pytest.raises(ValueError, match=r"mesh\.sequence=16 does not divide .* = 8024: .* Add 8 to one of them"):
+    config_lib.validate(config)
