@@ -4,8 +4,8 @@
     python experiments/credit_study.py --config configs/smollm2_study.py --workdir runs/smollm2-study
     python experiments/credit_study.py --config configs/smollm2_study.py:accelerator --workdir runs/smollm2-study-256
 
-`cpu` (the default) takes 64 rollouts a state of 2 traces of each of 4 groups of 4, leaves integrated gradients and the
-gradient's variance out, and is a look rather than a measurement. `accelerator` takes 256 rollouts of every trace of 32
+`cpu` (the default) takes 64 rollouts a state of 2 traces of each of 16 groups of 4, leaves integrated gradients and the
+gradient's variance out, and takes about 20 minutes on 2 cores. `accelerator` takes 256 rollouts of every trace of 32
 groups of 8 and has all of it; it has not been run. Questions and model are those of configs/demo_llm.py.
 """
 
@@ -36,7 +36,7 @@ def get_config(arg: str = "cpu") -> ConfigDict:
   config.segmentation.k_max = 6
   config.credit.chunk_size = 2  # Branches run at once: logits over 49152 words are large.
   study = config.study
-  study.num_prompts = 4
+  study.num_prompts = 16
   study.truth_traces = 2
   study.truth_samples = 64
   study.samples_per_round = 16
