@@ -282,16 +282,18 @@ def by_tokens(function: Callable[..., Any], shared: jax.Array, *args: jax.Array)
     axes if size % int(np.prod([mesh.shape[axis] for axis in axes])) == 0 else ()
     for axes, size in zip(several, args[0].shape)
   )
-  manual = set().union(*split)
+  manual = tuple(axis for axes in split for axis in axes)  # In one order: every process makes the same program.
 
   def of_part(shared: jax.Array, *args: jax.Array) -> Any:
     # Each device's own copy from here on: the sum over devices is the gradient of this line, outside of any loop.
-    return function(jax.lax.pcast(shared, tuple(manual), to="varying"), *args)
+    return function(jax.lax.pcast(shared, manual, to="varying"), *args)
 
   if not manual:
     return function(shared, *args)
   in_specs = (P(), *[P(*split)] * len(args))
-  return jax.shard_map(of_part, mesh=mesh, in_specs=in_specs, out_specs=P(*split), axis_names=manual)(shared, *args)
+  return jax.shard_map(of_part, mesh=mesh, in_specs=in_specs, out_specs=P(*split), axis_names=set(manual))(
+    shared, *args
+  )
 
 
 def platform() -> str:
