@@ -3,7 +3,7 @@
     python experiments/credit_study.py --config configs/chain_study.py --workdir runs/chain-study
 
 The policy is the shipped warm start (46% of sampled answers right). Ground truth: 512 rollouts
-of every distinct state of 4 traces of each of 24 groups of 8. About an hour on 2 cores; interrupted, it goes on
+of every distinct state of 4 traces of each of 24 groups of 8. About half an hour on 2 cores; interrupted, it goes on
 where it stopped. `:small` is the same study of a few traces in minutes, for a look at the page.
 """
 

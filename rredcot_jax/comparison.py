@@ -234,10 +234,8 @@ def summary_figure(figures: Mapping[str, Any]) -> "Figure":
     if len(reached) < len(ratios):
       left.text(1.03, y, f"{len(reached)} of {len(ratios)} reached it", va="center", fontsize=7.5, color="#b3261e")
     final = figures["final_accuracy"][name]
-    # A few seeds' interval may leave what an accuracy can be.
-    ends = np.clip(
-      np.array([[final["low"]], [final["high"]]], float), 0, 1
-    )  # NaN where there is one seed, which draws no bar.
+    # A few seeds' interval may leave what an accuracy can be; one seed's is NaN and draws no bar.
+    ends = np.clip(np.array([[final["low"]], [final["high"]]], float), 0, 1)
     right.errorbar(
       100 * final["mean"], y, xerr=100 * np.abs(ends - final["mean"]), fmt="o", color="#222222", capsize=3, markersize=4
     )

@@ -198,9 +198,10 @@ def _suffix(reference: Reference, prefix: np.ndarray, newlines: np.ndarray) -> l
   done = int(np.count_nonzero(ends[1:] & ~ends[:-1]))
   offset, run = _since_last(ends), _since_last(~ends)
   if done >= len(reference.steps):
-    # The answer may follow without an exit. What else is written there is a line more than the reference has.
     begun = written[len(written) - offset :]
-    return ending if reference.exit or not begun else ending[offset:] if begun == ending[:offset] else []
+    if reference.exit or not begun:
+      return ending  # What may be written there is a line more than the reference has.
+    return ending[offset:] if begun == ending[:offset] else []  # Without an exit it is the answer.
   rest = [*reference.steps[done][offset:], *(token for step in reference.steps[done + 1 :] for token in step), *ending]
   if not (run and done):
     return rest
