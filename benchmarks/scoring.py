@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rredcot_jax import scoring, types
-from rredcot_jax.model import decoder
+from rredcot_jax.model import decoder, scoring
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.ops import types
 
 CONFIG = ModelConfig(vocab_size=4096, width=256, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=32, mlp_width=1024)
 PROMPT, STATES, LENGTH = 16, 16, 16

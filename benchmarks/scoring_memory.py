@@ -15,9 +15,9 @@ import json
 import jax
 import jax.numpy as jnp
 
-from rredcot_jax import scoring, types
-from rredcot_jax.model import decoder
+from rredcot_jax.model import decoder, scoring
 from rredcot_jax.model.config import Compute, ModelConfig
+from rredcot_jax.ops import types
 
 CONFIG = ModelConfig(
   vocab_size=8192, width=256, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=32, mlp_width=1024,

@@ -20,9 +20,10 @@ import torch
 import transformers
 from absl import app, flags
 
-from rredcot_jax import train_step, types
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import SIZES
+from rredcot_jax.ops import types
+from rredcot_jax.train import train_step
 
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Steps timed on each side.")
 THREADS = flags.DEFINE_integer("threads", 0, "PyTorch's threads; 0 is one a core.")

@@ -15,14 +15,14 @@ take GRPO's, methods that credit segments directly RREDCoT's. The others' were n
 
 from ml_collections import ConfigDict
 
-from rredcot_jax import completions
-from rredcot_jax.config import default_config, options_of
+from rredcot_jax.ops.banks import BANKS as _ALL_BANKS
+from rredcot_jax.train.config import default_config, options_of
 
 OTHERS = (
   "reinforce", "monte_carlo", "leave_one_out", "gradient_x_input", "integrated_gradients", "attention",
   "attention_rollout", "value_head",
 )  # fmt: skip
-BANKS = ("suffix", *(bank for bank in completions.BANKS if bank != "suffix"))
+BANKS = ("suffix", *(bank for bank in _ALL_BANKS if bank != "suffix"))
 
 # What the comparison runs, by the name it has in tables and file names.
 METHODS = {

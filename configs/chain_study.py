@@ -9,8 +9,9 @@ where it stopped. `:small` is the same study of a few traces in minutes, for a l
 
 from ml_collections import ConfigDict
 
-from rredcot_jax import attribution, estimators
-from rredcot_jax.config import add_study, default_config, options_of
+from rredcot_jax.credit import attribution
+from rredcot_jax.study import estimators
+from rredcot_jax.train.config import add_study, default_config, options_of
 
 
 def get_config(arg: str = "full") -> ConfigDict:

@@ -13,8 +13,8 @@ The warm start is made by
 
 from ml_collections import ConfigDict
 
-from rredcot_jax import completions
-from rredcot_jax.config import default_config, options_of
+from rredcot_jax.ops.banks import BANKS
+from rredcot_jax.train.config import default_config, options_of
 
 METHODS = ("rredcot", "grpo")
 
@@ -24,7 +24,7 @@ _COMPLETION_TOKENS = {"answer": 3, "solution": 51, "suffix": 51, "rollouts": 56}
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
   """Options: method (rredcot, grpo), bank (suffix, answer, solution, rollouts)."""
-  banks = ("suffix", *(bank for bank in completions.BANKS if bank != "suffix"))
+  banks = ("suffix", *(bank for bank in BANKS if bank != "suffix"))
   options = options_of(arg, {"method": METHODS, "bank": banks})
   config = default_config()
   config.task.options.num_steps = 8

@@ -15,15 +15,15 @@ right. docs/results.md has the accuracies, with their intervals, and the time.
 
 from ml_collections import ConfigDict
 
-from rredcot_jax import completions
-from rredcot_jax.config import default_config, options_of, set_model
+from rredcot_jax.ops.banks import BANKS
+from rredcot_jax.train.config import default_config, options_of, set_model
 
 TEMPLATES = (10, 16, 43, 72)
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
   """Options: method (rredcot, grpo), bank (suffix, answer, solution, rollouts)."""
-  banks = ("suffix", *(bank for bank in completions.BANKS if bank != "suffix"))
+  banks = ("suffix", *(bank for bank in BANKS if bank != "suffix"))
   options = options_of(arg, {"method": ("rredcot", "grpo"), "bank": banks})
   config = default_config()
   set_model(config, "SmolLM2-135M")

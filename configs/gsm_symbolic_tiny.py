@@ -10,8 +10,8 @@ fall-back. Takes about 2 minutes on 2 cores.
 
 from ml_collections import ConfigDict
 
-from rredcot_jax.completions import BANKS
-from rredcot_jax.config import default_config, options_of
+from rredcot_jax.ops.banks import BANKS
+from rredcot_jax.train.config import default_config, options_of
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:

@@ -43,11 +43,11 @@ For 64 chips of 16 GB (v5e:8x8): `--config.mesh.fsdp=16 --config.mesh.sequence=4
 
 from ml_collections import ConfigDict
 
-from rredcot_jax import completions
-from rredcot_jax.config import default_config, options_of, set_model
+from rredcot_jax.ops.banks import BANKS as _ALL_BANKS
+from rredcot_jax.train.config import default_config, options_of, set_model
 
 METHODS = ("rredcot", "grpo")
-BANKS = ("answer", *(bank for bank in completions.BANKS if bank != "answer"))
+BANKS = ("answer", *(bank for bank in _ALL_BANKS if bank != "answer"))
 BENCHMARKS = {"math500": 500, "amc23": 40, "minerva": 272, "aime": 30}  # Prompts; 30 is one year's AIME.
 
 _MODEL = "checkpoints/Qwen3-4B"

@@ -33,11 +33,11 @@ configs/r1_distill_1p5b_open_rs.py --topology v5p:2x2x2`) is in docs/results.md.
 
 from ml_collections import ConfigDict
 
-from rredcot_jax import completions
-from rredcot_jax.config import default_config, options_of, set_model
+from rredcot_jax.ops.banks import BANKS as _ALL_BANKS
+from rredcot_jax.train.config import default_config, options_of, set_model
 
 METHODS = ("rredcot", "grpo")
-BANKS = ("answer", *(bank for bank in completions.BANKS if bank != "answer"))
+BANKS = ("answer", *(bank for bank in _ALL_BANKS if bank != "answer"))
 BENCHMARKS = {"math500": 500, "amc23": 40, "minerva": 272, "aime": 30}  # Prompts; 30 is one year's AIME.
 
 _MODEL = "checkpoints/DeepSeek-R1-Distill-Qwen-1.5B"

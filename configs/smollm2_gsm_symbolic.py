@@ -25,11 +25,11 @@ Halve `rollout.prompts_per_step` for a device of 40 GB.
 
 from ml_collections import ConfigDict
 
-from rredcot_jax import completions
-from rredcot_jax.config import default_config, options_of, set_model
+from rredcot_jax.ops.banks import BANKS as _ALL_BANKS
+from rredcot_jax.train.config import default_config, options_of, set_model
 
 METHODS = ("rredcot", "grpo")
-BANKS = ("suffix", *(bank for bank in completions.BANKS if bank != "suffix"))
+BANKS = ("suffix", *(bank for bank in _ALL_BANKS if bank != "suffix"))
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:

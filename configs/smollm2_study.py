@@ -11,7 +11,7 @@ groups of 8 and has all of it; it has not been run. Questions and model are thos
 
 from ml_collections import ConfigDict
 
-from rredcot_jax.config import add_study, default_config, options_of, set_model
+from rredcot_jax.train.config import add_study, default_config, options_of, set_model
 
 TEMPLATES = (10, 16, 43, 72)
 

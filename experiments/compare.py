@@ -22,9 +22,11 @@ import train
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from rredcot_jax import comparison, report, tasks, types
-from rredcot_jax import config as config_lib
+from rredcot_jax.data import tasks
 from rredcot_jax.model import decoder
+from rredcot_jax.ops import types
+from rredcot_jax.report import comparison, page
+from rredcot_jax.train import config as config_lib
 
 FILE = flags.DEFINE_string("comparison", "configs/chain_comparison.py", "A file with METHODS and get_config(arg).")
 DIRECTORY = flags.DEFINE_string("directory", "runs/comparison", "Where the runs and the figures are written.")
@@ -81,7 +83,7 @@ def finished(workdir: pathlib.Path, config: ConfigDict) -> bool:
     return False
   train.claim_workdir(workdir, config, "", resume=True)
   try:
-    lines = report.read_metrics(workdir / "metrics.jsonl")
+    lines = page.read_metrics(workdir / "metrics.jsonl")
   except ValueError:  # Killed before its first evaluation.
     return False
   return any(line["step"] == config.num_steps and "eval/pass@1" in line for line in lines)
@@ -137,7 +139,7 @@ def write_figures(module: Any, root: pathlib.Path) -> dict[str, Any]:
     "flops": f"The same against operations: {figures['flops']}.",
   }
   table = [row(name, figures) for name in runs]
-  report.write_report(
+  page.write_report(
     {name: path for name, path in first.items() if name in ("grpo", *ours[:1], "monte_carlo-difference")},
     root / "comparison.html", title=f"Sources of credit on {config.task.name}, {len(figures['seeds'])} seeds",
     summary=table, figures=[(captions[name], figure) for name, figure in drawn.items()],

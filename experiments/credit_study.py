@@ -23,23 +23,15 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rredcot_jax import (
-  checkpoint,
-  estimators,
-  evaluation,
-  flops,
-  gradients,
-  ground_truth,
-  sampling,
-  segmentation,
-  sharding,
-  study,
-  study_report,
-  tasks,
-  types,
-)
-from rredcot_jax import config as config_lib
-from rredcot_jax.tasks import batching
+from rredcot_jax.cost import flops
+from rredcot_jax.data import batching, encoding, judging, tasks
+from rredcot_jax.model import sampling
+from rredcot_jax.ops import segmentation, types
+from rredcot_jax.parallel import sharding
+from rredcot_jax.study import estimators, gradients, ground_truth, tables
+from rredcot_jax.study import page as study_page
+from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import initial
 
 CONFIG, WORKDIR = train.CONFIG, train.WORKDIR  # The same two flags.
 
@@ -64,7 +56,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
   tables = batching.vocab_tables(task.tokenizer)
   model = config_lib.model_config(config, len(task.tokenizer))
   keys = [jax.random.fold_in(jax.random.key(config.seed), stream) for stream in range(4)]
-  params = checkpoint.start_params(config.initial_params, model, sharding.make_mesh(**config.mesh), keys[_TRACES])
+  params = initial.start_params(config.initial_params, model, sharding.make_mesh(**config.mesh), keys[_TRACES])
   engine = make_engine(config, task, params, model, tables)
 
   # ---- Traces ------------------------------------------------------------------------------
@@ -90,25 +82,27 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
     engine, traces, states, keys[_TRUTH], workdir / "truth", samples=options.truth_samples,
     samples_per_round=options.samples_per_round, rows_at_once=options.rows_at_once, slots=options.slots,
   )  # fmt: skip
-  evidence = study.evidence_of(traces, state_of, prompts, ground_truth.answer_stated(task, traces))
+  evidence = tables.evidence_of(traces, state_of, prompts, ground_truth.answer_stated(task, traces))
 
   # ---- Every method's credit ---------------------------------------------------------------
-  credit_of = functools.partial(study.credit_in_chunks, engine, key=keys[_ESTIMATES], rows_at_once=options.rows_at_once)
+  credit_of = functools.partial(
+    tables.credit_in_chunks, engine, key=keys[_ESTIMATES], rows_at_once=options.rows_at_once
+  )
   estimates = {name: credit_of(name, traces) for name in tqdm(options.methods, desc="methods")}
 
   # ---- a. Value quality --------------------------------------------------------------------
   resamples = options.resamples
-  quality = study.value_quality(evidence, truth, estimates, resamples=resamples)
+  quality = tables.value_quality(evidence, truth, estimates, resamples=resamples)
 
   # ---- b. Ranking of continuations of one state --------------------------------------------
-  ranking = study.ranking(evidence, truth, estimates, resamples=resamples)
+  ranking = tables.ranking(evidence, truth, estimates, resamples=resamples)
 
   # ---- c. Error localisation ---------------------------------------------------------------
   wrong = ground_truth.first_wrong_segments(task, traces)
   known = bool((wrong >= 0).any())
   rewards = {name: estimate.rewards for name, estimate in estimates.items()}
-  drops = study.largest_drops(evidence, truth)
-  localise = functools.partial(study.localisation, resamples=resamples)
+  drops = tables.largest_drops(evidence, truth)
+  localise = functools.partial(tables.localisation, resamples=resamples)
   localisation = {
     "first wrong step": localise(wrong, traces.num_segments, prompts, rewards),
     "largest drop of the truth": localise(drops, traces.num_segments, prompts, rewards),
@@ -130,7 +124,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
   }
 
   # ---- f. Cost ---------------------------------------------------------------------------
-  costs = {name: study.cost(estimate, len(prompts)) for name, estimate in estimates.items()}
+  costs = {name: tables.cost(estimate, len(prompts)) for name, estimate in estimates.items()}
 
   # ---- Everything so far -------------------------------------------------------------------
   located = localisation["first wrong step" if known else "largest drop of the truth"]
@@ -155,7 +149,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
     },
     "value_quality": quality,
     "calibration": {
-      name: study.calibration_curve(evidence, evidence.spread(truth.values), e.values)
+      name: tables.calibration_curve(evidence, evidence.spread(truth.values), e.values)
       for name, e in estimates.items()
       if e.values is not None
     },
@@ -167,13 +161,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
     "records": trace_records(task, traces, evidence, truth, estimates, wrong if known else drops),
   }
   title = f"Credit study: {task.name}"
-  write = functools.partial(study_report.write, workdir, title=title, config=config.to_json_best_effort())
+  write = functools.partial(study_page.write, workdir, title=title, config=config.to_json_best_effort())
   write(result)
 
   # ---- d. Gradient variance ----------------------------------------------------------------
   if options.gradient_prompts:
     moments = gradient_moments(config, engine, task, tables, keys[_GRADIENTS], workdir / "gradients.npz")
-    variance = study.gradient_variance(
+    variance = tables.gradient_variance(
       moments,
       reference=options.gradient_reference,
       step_flops=step_flops(engine, traces, costs, moments.names),
@@ -238,7 +232,7 @@ def sample_traces(config: ConfigDict, engine: estimators.Estimators, examples: l
   """Traces of `examples`, not cut yet."""
   prompts = batching.prompt_arrays(engine.task, examples, config.rollout.max_prompt_tokens)
   rollout, cache = sampling.sample(engine.params, engine.model, *prompts, key, **engine.generation_options)
-  returns = evaluation.returns_of(engine.task, examples, jax.device_get(rollout))
+  returns = judging.returns_of(engine.task, examples, jax.device_get(rollout))
   return estimators.Traces(rollout, cache, None, returns, examples)
 
 
@@ -258,13 +252,13 @@ def cut(config: ConfigDict, engine: estimators.Estimators, traces, tables, metho
   return estimators.Traces(rollout, traces.cache, segments, traces.returns, traces.examples)
 
 
-def gradient_moments(config, engine, task, tables, key, path: pathlib.Path) -> study.Moments:
+def gradient_moments(config, engine, task, tables, key, path: pathlib.Path) -> tables.Moments:
   """Inner products of gradients over resampled rollouts of fixed prompts; read from `path` if it is there."""
   options, size = config.study, config.rollout.group_size
   names = list(options.gradient_estimators)
   if path.exists():
     with np.load(path) as file:
-      return study.Moments(names, file["same_group"], file["of_sums"], file["of_all"], int(file["groups"]))
+      return tables.Moments(names, file["same_group"], file["of_sums"], file["of_all"], int(file["groups"]))
   methods = {spec.partition(":")[0] for spec in names} - {"grpo"}
   add_groups = jax.jit(
     lambda params, rollout, weights, total: gradients.add_groups(
@@ -281,11 +275,11 @@ def gradient_moments(config, engine, task, tables, key, path: pathlib.Path) -> s
       traces = cut(config, engine, traces, tables, config.segmentation.method)
       credit_key = jax.random.fold_in(batch_key, 1)
       batches.append((traces, {name: engine.credit(name, traces, credit_key) for name in sorted(methods)}))
-    products, total = study.prompt_moments(engine, names, batches, part=options.gradient_part, add_groups=add_groups)
+    products, total = tables.prompt_moments(engine, names, batches, part=options.gradient_part, add_groups=add_groups)
     same_group.append(products)
     of_sums.append(np.asarray(total @ total.T, np.float64))
     of_all = of_all + total
-  moments = study.Moments(
+  moments = tables.Moments(
     names, np.stack(same_group), np.stack(of_sums), np.asarray(of_all @ of_all.T, np.float64), options.gradient_groups
   )
   np.savez(
@@ -308,12 +302,12 @@ def step_flops(engine, traces, costs, names) -> dict[str, float]:
 
 def of_segmentation(config, task, traces, state_of, prompts, truth, credit_of) -> dict[str, Any]:
   """Value quality, size and cost of one way to cut."""
-  evidence = study.evidence_of(traces, state_of, prompts, np.zeros(state_of.shape, bool))
+  evidence = tables.evidence_of(traces, state_of, prompts, np.zeros(state_of.shape, bool))
   estimates = {name: credit_of(name, traces) for name in config.study.segmentation_estimators}
   segments = jax.device_get(traces.segments)
   lengths = np.asarray(segments.lengths)[np.asarray(segments.mask)]
   resamples = config.study.resamples
-  quality = study.value_quality(evidence, truth, estimates, resamples=resamples)
+  quality = tables.value_quality(evidence, truth, estimates, resamples=resamples)
   rewards = {name: estimate.rewards for name, estimate in estimates.items()}
   return {
     "segments": float(segments.num_segments.mean()),
@@ -321,10 +315,10 @@ def of_segmentation(config, task, traces, state_of, prompts, truth, credit_of) -
     "merged_cuts": float(segments.num_merged.mean()),
     "values": quality["values"]["all"],
     "differences": quality["differences"]["all"],
-    "localisation": study.localisation(
+    "localisation": tables.localisation(
       ground_truth.first_wrong_segments(task, traces), traces.num_segments, prompts, rewards, resamples=resamples
     ),
-    "cost": {name: study.cost(estimate, len(prompts)) for name, estimate in estimates.items()},
+    "cost": {name: tables.cost(estimate, len(prompts)) for name, estimate in estimates.items()},
   }
 
 
@@ -341,7 +335,7 @@ def trace_records(task, traces, evidence, truth, estimates, blamed, count: int =
       "prompt": traces.examples[row].question,
       "answer": traces.examples[row].answer,
       "return": float(traces.returns[row]),
-      "segments": [tasks.decode(task.tokenizer, tokens[ids == k].tolist()) for k in range(n)],
+      "segments": [encoding.decode(task.tokenizer, tokens[ids == k].tolist()) for k in range(n)],
       "wrong": int(blamed[row]),
       "true_values": values[row, :n].tolist(),
       "rewards": {"ground_truth": rewards[row, :n].tolist()}

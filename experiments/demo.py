@@ -19,8 +19,8 @@ import train
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rredcot_jax import comparison, metrics, report
-from rredcot_jax import config as config_lib
+from rredcot_jax.report import comparison, page, statistics
+from rredcot_jax.train import config as config_lib
 
 GRPO = config_flags.DEFINE_config_file("grpo", "configs/demo.py:grpo", "The baseline.", lock_config=True)
 RREDCOT = config_flags.DEFINE_config_file("rredcot", "configs/demo.py:rredcot", "The method.", lock_config=True)
@@ -47,8 +47,8 @@ def main(_: Any) -> None:
   results = {name: [comparison.read_run(path) for path in paths] for name, paths in runs.items()}
   figures = compare(results["GRPO"], results["RREDCoT"])
   table = [row(name, results[name], figures) for name in runs]
-  report.write_report(
-    {name: paths[0] for name, paths in runs.items()}, root / "report.html",
+  page.write_report(
+    {name: paths[0] for name, paths in runs.items()}, root / "page.html",
     title=f"GRPO and RREDCoT on {RREDCOT.value.task.name}, seed 0", summary=table,
   )  # fmt: skip
   comparison.print_table(table)
@@ -60,7 +60,7 @@ def main(_: Any) -> None:
     f"RREDCoT reached where it ended in {len(reached)} of those"
     + (f", with {np.mean(reached):.2f} of GRPO's rollout tokens." if reached else ".")
   )
-  print(f"report       {root / 'report.html'}")
+  print(f"report       {root / 'page.html'}")
   print(f"checkpoints  {runs['RREDCoT'][0] / 'checkpoints'}")
   print(f"metrics      {runs['RREDCoT'][0] / 'metrics.jsonl'}")
   print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
@@ -90,7 +90,7 @@ def row(name: str, runs: list[comparison.Run], figures: dict[str, Any]) -> dict[
   """One line of the closing table: means and standard errors, over seeds or, with one seed, over held-out prompts."""
 
   def mean(place: int) -> str:
-    value, error = metrics.mean_and_error(np.array([run.accuracy[place] for run in runs]))
+    value, error = statistics.mean_and_error(np.array([run.accuracy[place] for run in runs]))
     return f"{100 * value:.1f}% ± {100 * (error if len(runs) > 1 else runs[0].error[place]):.1f}"
 
   overhead = "1.00 (baseline)" if name == "GRPO" else f"{np.mean(figures['step_seconds_over_grpo']):.2f}"

@@ -9,9 +9,9 @@ With --workdir the newest checkpoint of that run is evaluated, else what
 `evaluation.num_prompts` of them. For greedy decoding: `--config.rollout.top_k=1`.
 
 pass@k is the unbiased estimate from all samples, maj@k the probability that the
-most frequent answer of k samples is right (`metrics.maj_at_k`); pass@1 is thus the
+most frequent answer of k samples is right (`statistics.maj_at_k`); pass@1 is thus the
 mean over all samples. Standard errors are over prompts, and intervals are 95%
-bootstrap intervals over prompts (`metrics.bootstrap_interval`), so both hold the
+bootstrap intervals over prompts (`statistics.bootstrap_interval`), so both hold the
 noise of sampling as well.
 
 Every judged batch is appended to `<output>.traces.jsonl`; the same command again
@@ -35,8 +35,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rredcot_jax import checkpoint, distributed, evaluation, metrics, tasks, train_step
-from rredcot_jax import config as config_lib
+from rredcot_jax.data import tasks
+from rredcot_jax.parallel import processes
+from rredcot_jax.report import statistics
+from rredcot_jax.train import checkpoint, evaluation, initial, train_step
+from rredcot_jax.train import config as config_lib
 
 # --config and --workdir are those of train.py.
 SAMPLES = flags.DEFINE_integer("samples", 16, "Traces a prompt.", lower_bound=1)
@@ -48,7 +51,7 @@ def main(_: Any) -> None:
   config_lib.validate(config)
   train.join_processes(config)
   figures = run(config, workdir and pathlib.Path(workdir), samples=SAMPLES.value, output=pathlib.Path(OUTPUT.value))
-  if distributed.is_main():
+  if processes.is_main():
     print_table(figures)
     print(json.dumps(figures))
 
@@ -67,7 +70,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
   if workdir is not None:
     step, params = checkpoint.restore_run(workdir, model, mesh, vocab_size=len(task.tokenizer))
   elif config.initial_params:
-    step, params = 0, checkpoint.start_params(config.initial_params, model, mesh, start_key)
+    step, params = 0, initial.start_params(config.initial_params, model, mesh, start_key)
   else:
     raise ValueError("this configuration starts at random: give --workdir of a run, or set initial_params.")
   params = train_step.for_rollouts(model, mesh, rollout_mesh)(params)
@@ -83,7 +86,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
     "seed": config.seed,
     "rollout": train.rollout_options(config),
   }
-  if distributed.is_main():
+  if processes.is_main():
     output.parent.mkdir(parents=True, exist_ok=True)
   traces = output.with_name(output.name + ".traces.jsonl")
   judged = claim_traces(traces, settings)
@@ -93,22 +96,20 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
   )  # fmt: skip
   # All processes hold every judgement; the first one writes them.
   with (
-    open(traces if distributed.is_main() else os.devnull, "a", encoding="utf-8") as file,
-    tqdm(
-      initial=len(judged), total=num_prompts * samples, desc="traces", disable=not distributed.is_main()
-    ) as progress,
+    open(traces if processes.is_main() else os.devnull, "a", encoding="utf-8") as file,
+    tqdm(initial=len(judged), total=num_prompts * samples, desc="traces", disable=not processes.is_main()) as progress,
   ):
     for batch in batches:
       file.write("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in batch))
       file.flush()
-      if distributed.is_main():
+      if processes.is_main():
         os.fsync(file.fileno())
       judged += batch
       progress.update(len(batch))
 
   # ---- Figures -----------------------------------------------------------------------------
   figures = summarise(judged, num_prompts, samples)
-  if distributed.is_main():
+  if processes.is_main():
     write_atomically(output, json.dumps({"settings": settings, **figures}, indent=1) + "\n")
   return figures
 
@@ -135,8 +136,8 @@ def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluatio
       judged = judged[: len(judged) // settings["rows"] * settings["rows"]]
   kept = [header, *lines[1 : 1 + len(judged)]]
   # Nobody writes before everybody has read.
-  distributed.barrier("read the traces")
-  if distributed.is_main():
+  processes.barrier("read the traces")
+  if processes.is_main():
     write_atomically(path, "".join(line + "\n" for line in kept))
   return judged
 
@@ -147,15 +148,15 @@ def summarise(judged: Sequence[evaluation.Judged], num_prompts: int, samples: in
   votes = evaluation.votes_of(judged).reshape(num_prompts, samples)
   ks = [2**i for i in range(samples.bit_length())]
   columns = {
-    "pass": [metrics.pass_at_k(correct.sum(axis=1), samples, k) for k in ks],
-    "maj": [metrics.maj_at_k(votes, correct, k) for k in ks],
+    "pass": [statistics.pass_at_k(correct.sum(axis=1), samples, k) for k in ks],
+    "maj": [statistics.maj_at_k(votes, correct, k) for k in ks],
   }
   of_k: dict[str, Any] = {str(k): {} for k in ks}
   for name, values in columns.items():
     by_prompt = np.stack(values, axis=1)
-    ends = metrics.bootstrap_interval(by_prompt)
+    ends = statistics.bootstrap_interval(by_prompt)
     for i, k in enumerate(ks):
-      mean, error = metrics.mean_and_error(by_prompt[:, i])
+      mean, error = statistics.mean_and_error(by_prompt[:, i])
       interval = [round(float(end), 6) for end in ends[:, i]]
       of_k[str(k)] |= {name: round(mean, 6), f"{name}_se": round(error, 6), f"{name}_interval": interval}
   return {

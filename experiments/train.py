@@ -5,7 +5,7 @@
 A work directory that holds a checkpoint of the same configuration is resumed,
 and then repeats the uninterrupted run bit for bit: all randomness is a function
 of the seed, the step and the row. Writes config.json, metrics.jsonl,
-tensorboard/, traces.jsonl, checkpoints/ and report.html there.
+tensorboard/, traces.jsonl, checkpoints/ and page.html there.
 """
 
 import dataclasses
@@ -24,23 +24,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from rredcot_jax import (
-  assignment,
-  checkpoint,
-  credit,
-  distributed,
-  evaluation,
-  losses,
-  metrics,
-  report,
-  sharding,
-  tasks,
-  train_step,
-  types,
-)
-from rredcot_jax import config as config_lib
+from rredcot_jax.credit import assignment, rules
+from rredcot_jax.data import batching, judging, tasks
 from rredcot_jax.model import decoder
-from rredcot_jax.tasks import batching
+from rredcot_jax.ops import losses, types
+from rredcot_jax.parallel import processes, sharding
+from rredcot_jax.report import page
+from rredcot_jax.train import checkpoint, evaluation, initial, metrics, trace_records, train_step
+from rredcot_jax.train import config as config_lib
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of this run is written.")
@@ -57,26 +48,26 @@ def main(_: Any) -> None:
   config_lib.validate(config)
   command = " ".join(["python", *map(shlex.quote, sys.argv)])
   join_processes(config)
-  with distributed.StopNotice() as notice, distributed.stops_with_the_others(command):
+  with processes.StopNotice() as notice, processes.stops_with_the_others(command):
     claim_workdir(workdir, config, command, resume=RESUME.value)
     finished = run(config, workdir, notice=notice)
   if not finished:
     say(f"told to stop ({notice.reason or 'another process was'}): saved. Resume with\n  {command}")
     sys.exit(STOPPED_STATUS.value)
-  if distributed.is_main():
-    report.write_report({workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None)
-    print(f"report: {workdir / 'report.html'}")
+  if processes.is_main():
+    page.write_report({workdir.name: workdir}, workdir / "page.html", title=f"Run {workdir.name}", summary=None)
+    print(f"report: {workdir / 'page.html'}")
 
 
 def join_processes(config: ConfigDict) -> None:
   """Starts what connects this process with the others that the flags or the environment name."""
-  distributed.start(
+  processes.start(
     coordinator=COORDINATOR.value, num_processes=NUM_PROCESSES.value, process_id=PROCESS_ID.value,
     detect=DISTRIBUTED.value, heartbeat_seconds=config.distributed.heartbeat_seconds,
   )  # fmt: skip
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNotice | None = None) -> bool:
+def run(config: ConfigDict, workdir: pathlib.Path, *, notice: processes.StopNotice | None = None) -> bool:
   """The whole of training; see the module's docstring.
 
   Returns:
@@ -94,13 +85,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
   # ---- State on the mesh -------------------------------------------------------------------
   mesh, rollout_mesh = config_lib.meshes(config)
   group_size = config.rollout.group_size
-  rows = distributed.rows_of(rollout_mesh, config.rollout.prompts_per_step * group_size, group_size=group_size)
+  rows = processes.rows_of(rollout_mesh, config.rollout.prompts_per_step * group_size, group_size=group_size)
   optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
   critic = config_lib.init_critic(config, model.width)
   abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, policy_key), optimizer, critic))
   placement = sharding.infer(mesh, abstract)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
-  start_params = checkpoint.start_params(config.initial_params, model, mesh, policy_key)
+  start_params = initial.start_params(config.initial_params, model, mesh, policy_key)
   # The reference is a copy: the state is donated to every update.
   reference = jax.tree.map(lambda x: x.copy(), start_params) if config.loss.kl != "off" else None
   state = jax.jit(lambda p: train_step.init_state(p, optimizer, critic), out_shardings=placement)(start_params)
@@ -130,10 +121,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
     prompts.set_state(data["prompts"])
     rollout_tokens = data["rollout_tokens"]
     say(f"resumed from step {first} of {config.num_steps} in {workdir}")
-  writer = metrics.MetricsWriter(
-    workdir, resume_step=first if restored is not None else -1, writes=distributed.is_main()
-  )
-  if distributed.is_main():
+  writer = metrics.MetricsWriter(workdir, resume_step=first if restored is not None else -1, writes=processes.is_main())
+  if processes.is_main():
     metrics.drop_lines_after(workdir / "traces.jsonl", first if restored is not None else -1)
 
   def evaluate_at(step: int) -> bool:
@@ -145,7 +134,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
         num_prompts=config.evaluation.num_prompts, samples=config.evaluation.samples, rows=config.evaluation.rows,
         notice=notice, **rollout_options(config),
       )  # fmt: skip
-    except distributed.Stopped:
+    except processes.Stopped:
       return False
     writer.write(step, result | {"train/rollout_tokens": rollout_tokens})
     return True
@@ -165,7 +154,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
   # ---- The loop ----------------------------------------------------------------------------
   progress = tqdm(
     range(first, first if stopped else config.num_steps), initial=first, total=config.num_steps, desc=workdir.name,
-    disable=not distributed.is_main(),
+    disable=not processes.is_main(),
   )  # fmt: skip
   for step in progress:
     began = time.perf_counter()
@@ -179,9 +168,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
     placed_prompts = sharding.put_batch(rollout_mesh, prompt_arrays)
     rollout, cache = steps.sample(policy, *placed_prompts, jax.random.fold_in(policy_key, step))
     segments = steps.segment(rollout, tables)
-    on_host, segments_on_host = distributed.to_host(rollout_mesh, (rollout, segments))
+    on_host, segments_on_host = processes.to_host(rollout_mesh, (rollout, segments))
     judged = [examples[place] for place in rows.judged]
-    rewards = evaluation.returns_of(train_task, judged, jax.tree.map(lambda x: x[rows.judged], on_host))
+    rewards = judging.returns_of(train_task, judged, jax.tree.map(lambda x: x[rows.judged], on_host))
     told = notice is not None and notice.given
     lengths = on_host.mask[rows.judged].sum(axis=1)
     (returns, lengths), stopped = rows.gather(rows.here[rows.judged], rewards, lengths, flag=told)
@@ -203,7 +192,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: distributed.StopNo
     credit_seconds = time.perf_counter() - credit_began
 
     # ---- Credit -> update ------------------------------------------------------------------
-    zero_variance = np.asarray(credit.zero_variance(returns, rule))
+    zero_variance = np.asarray(rules.zero_variance(returns, rule))
     batch = train_batch(config, mesh, rollout, assigned.advantages, zero_variance)
     if reference is not None:
       batch = batch.replace(reference_log_probs=steps.reference(reference, batch))
@@ -249,10 +238,10 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, re
   """
   path = workdir / "config.json"
   wanted = json.loads(json.dumps(config.to_dict()))
-  distributed.check_same("their configuration", json.dumps(wanted, sort_keys=True))
+  processes.check_same("their configuration", json.dumps(wanted, sort_keys=True))
   exists = path.exists()
   # Nobody writes before everybody has looked.
-  distributed.barrier("looked at the work directory")
+  processes.barrier("looked at the work directory")
   if exists:
     differing = config_lib.run_differences(json.loads(path.read_text(encoding="utf-8"))["config"], wanted)
     if differing:
@@ -262,7 +251,7 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, re
     if not resume:
       raise ValueError(f"{workdir} holds a run and --noresume was given: choose another --workdir or remove it.")
     return
-  if distributed.is_main():
+  if processes.is_main():
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("config.json.tmp")
     temporary.write_text(json.dumps({"command": command, "config": wanted}, indent=1), encoding="utf-8")
@@ -272,14 +261,14 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, re
 def needs_evaluation(config: ConfigDict, workdir: pathlib.Path, step: int, resumed: bool) -> bool:
   """Whether the state at the start of this run is to be evaluated; a run told to stop may have saved before it did."""
   due = step % config.evaluation.every == 0 or step == config.num_steps
-  if due and resumed and distributed.is_main():
-    lines = report.read_metrics(workdir / "metrics.jsonl")
+  if due and resumed and processes.is_main():
+    lines = page.read_metrics(workdir / "metrics.jsonl")
     due = not any(line["step"] == step and "eval/pass@1" in line for line in lines)
-  return distributed.from_main(due)
+  return processes.from_main(due)
 
 
 def say(text: str) -> None:
-  if distributed.is_main():
+  if processes.is_main():
     print(text, flush=True)
 
 
@@ -342,8 +331,8 @@ def check_finite(
     if math.isfinite(line.get("train/loss", 0.0)) and math.isfinite(line.get("train/gradient_norm", 0.0)):
       continue
     path = workdir / f"nan_batch_{line['step']}.npz"
-    batch = distributed.whole(recent[line["step"]])
-    if distributed.is_main():
+    batch = processes.whole(recent[line["step"]])
+    if processes.is_main():
       np.savez(path, **{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
     message = f"the loss of step {line['step']} is not finite; the batch is saved in {path}"
     if not skipped:
@@ -369,14 +358,14 @@ def write_traces(
   if credits is None:
     return
   chosen = np.linspace(0, len(returns) - 1, config.num_traces).astype(int)
-  rows = distributed.whole(jax.tree.map(lambda x: x[chosen], (rollout, segments, credits)))
-  if not distributed.is_main():
+  rows = processes.whole(jax.tree.map(lambda x: x[chosen], (rollout, segments, credits)))
+  if not processes.is_main():
     return
   with open(workdir / "traces.jsonl", "a", encoding="utf-8") as file:
     for place, row in enumerate(chosen):
       one = jax.tree.map(lambda x: x[place], rows)  # noqa: B023
       example = task[int(dealt[row // config.rollout.group_size])]
-      file.write(json.dumps(evaluation.trace_record(step, task, example, *one, returns[row])) + "\n")
+      file.write(json.dumps(trace_records.trace_record(step, task, example, *one, returns[row])) + "\n")
 
 
 if __name__ == "__main__":

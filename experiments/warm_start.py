@@ -22,10 +22,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from rredcot_jax import checkpoint, evaluation, sharding, tasks, train_step
-from rredcot_jax import config as config_lib
+from rredcot_jax.data import batching, tasks
 from rredcot_jax.model import huggingface
-from rredcot_jax.tasks import batching
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import checkpoint, evaluation, initial, train_step
+from rredcot_jax.train import config as config_lib
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 OUTPUT = flags.DEFINE_string("output", None, "The safetensors file or directory to write.")
@@ -50,7 +51,7 @@ def main(_) -> None:
     learning_rate=start.learning_rate, warmup_steps=start.num_steps // 20, decay_steps=start.num_steps,
     weight_decay=config.optimizer.weight_decay, max_grad_norm=config.optimizer.max_grad_norm,
   )  # fmt: skip
-  params = checkpoint.start_params(start.initial_params, model, mesh, jax.random.key(config.seed))
+  params = initial.start_params(start.initial_params, model, mesh, jax.random.key(config.seed))
   state = jax.jit(lambda p: train_step.init_state(p, optimizer))(params)
   update = jax.jit(functools.partial(train_step.supervised_update, config=model, optimizer=optimizer), donate_argnums=0)
   saver = checkpoint.Checkpointer(output.with_name(output.name + ".checkpoints"), keep=2)
@@ -88,7 +89,7 @@ def main(_) -> None:
 
   # ---- Write and check ---------------------------------------------------------------------
   if output.suffix == ".safetensors":
-    checkpoint.save_params(state.params, output)
+    initial.save_params(state.params, output)
   else:
     huggingface.save(model, state.params, output, tokenizer=task.tokenizer)
   figures = {"output": str(output), **accuracy(state.params)}

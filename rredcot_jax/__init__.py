@@ -4,13 +4,13 @@ Each works on one trace, takes and returns arrays and the pytrees of `types`,
 and is safe under jit and vmap. Importing this needs jax, flax and chex only.
 """
 
-from rredcot_jax.advantages import group_advantages, sigma, token_advantages, zero_variance
-from rredcot_jax.completions import Reference, make_bank
-from rredcot_jax.losses import loss_mask, policy_loss
-from rredcot_jax.redistribution import redistribute, state_values
-from rredcot_jax.segmentation import VocabTables, segment, vocab_tables
-from rredcot_jax.types import Completions, Credit, Rollout, Segments, TrainBatch
-from rredcot_jax.values import estimate_values
+from rredcot_jax.ops.advantages import group_advantages, sigma, token_advantages, zero_variance
+from rredcot_jax.ops.banks import Reference, make_bank
+from rredcot_jax.ops.losses import loss_mask, policy_loss
+from rredcot_jax.ops.redistribution import redistribute, state_values
+from rredcot_jax.ops.segmentation import VocabTables, segment, vocab_tables
+from rredcot_jax.ops.types import Completions, Credit, Rollout, Segments, TrainBatch
+from rredcot_jax.ops.values import estimate_values
 
 __all__ = [
   "Completions",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rredcot_jax import advantages, types
+from rredcot_jax.ops import advantages, types
 
 T = 12
 SIGMA = jax.jit(advantages.sigma, static_argnames=("mode", "floor"))

@@ -9,23 +9,13 @@ import numpy as np
 import pytest
 import tiny_config
 
-from rredcot_jax import (
-  advantages,
-  assignment,
-  completions,
-  credit,
-  evaluation,
-  monte_carlo,
-  sampling,
-  sharding,
-  tasks,
-  train_step,
-  types,
-  values,
-)
-from rredcot_jax import config as config_lib
-from rredcot_jax.model import decoder
-from rredcot_jax.tasks import batching
+from rredcot_jax.credit import assignment, monte_carlo, rules
+from rredcot_jax.data import batching, judging, tasks
+from rredcot_jax.model import decoder, sampling
+from rredcot_jax.ops import advantages, banks, types, values
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import train_step
 
 GROUP = 2
 RETURNS = np.array([1, 0, 0, 0], np.float32)  # A group with a success, and one without.
@@ -82,7 +72,7 @@ def assign(config, **given):
 def case(source, mode, **options):
   named = {f"credit.{name.replace('__', '.')}": value for name, value in options.items()}
   return pytest.param(
-    {"credit.source": source, "credit.mode": mode, **named}, id="-".join([source, mode, *map(str, options.values())])
+    {"rules.source": source, "rules.mode": mode, **named}, id="-".join([source, mode, *map(str, options.values())])
   )
 
 
@@ -150,21 +140,21 @@ def test_every_choice_trains(options):
 
 def test_the_cases_hold_every_choice():
   chosen = [param.values[0] for param in CASES]
-  assert {options["credit.source"] for options in chosen} == set(credit.SOURCES)
-  assert {options["credit.mode"] for options in chosen} == set(advantages.MODES)
-  assert {options.get("credit.bank") for options in chosen} >= set(completions.BANKS)
-  assert {options.get("credit.form", "plain") for options in chosen} == set(values.FORMS)
+  assert {options["rules.source"] for options in chosen} == set(rules.SOURCES)
+  assert {options["rules.mode"] for options in chosen} == set(advantages.MODES)
+  assert {options.get("rules.bank") for options in chosen} >= set(banks.BANKS)
+  assert {options.get("rules.form", "plain") for options in chosen} == set(values.FORMS)
 
 
 def test_monte_carlo_credit_is_the_estimate_of_its_key():
-  config = config_with(**{"credit.source": "monte_carlo", "credit.mode": "difference"})
+  config = config_with(**{"rules.source": "monte_carlo", "rules.mode": "difference"})
   assigned = assign(config)
   task, model, _, state, _, examples, rollout, cache, segments = batch()
-  judge = evaluation.judge_of(task, examples)
+  judge = judging.judge_of(task, examples)
   # The verifier sees what `returns_of` shows it: the end-of-sequence token is no part of the text.
   host = jax.device_get(rollout)
   traces = [(row, tuple(host.tokens[row, host.mask[row]].tolist())) for row in range(4)]
-  assert judge(traces) == evaluation.returns_of(task, examples, host).tolist()
+  assert judge(traces) == judging.returns_of(task, examples, host).tolist()
   estimate = monte_carlo.values_by_generation(
     state.params, model, cache, rollout, segments, RETURNS, jax.random.key(5), judge,
     k=2, max_tokens=12, temperature=1.0, eos_id=task.tokenizer.eos_token_id, pad_id=task.tokenizer.pad_token_id,
@@ -175,7 +165,7 @@ def test_monte_carlo_credit_is_the_estimate_of_its_key():
 
 
 def test_value_head_credit_is_of_the_critic_before_it_learnt():
-  config = config_with(**{"credit.source": "value_head", "credit.mode": "difference", "credit.value_head.decay": 0.5})
+  config = config_with(**{"rules.source": "value_head", "rules.mode": "difference", "rules.value_head.decay": 0.5})
   assigned = assign(config)
   rollout = batch()[6]
   mask = np.asarray(rollout.mask)
@@ -192,20 +182,20 @@ def test_value_head_credit_is_of_the_critic_before_it_learnt():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"credit.source": "monte_karlo"}, "did you mean 'monte_carlo'"),
-    ({"credit.source": "value_head", "credit.mode": "signed"}, "set credit.mode='difference'"),
-    ({"credit.source": "attention", "credit.mode": "signed"}, "set credit.mode='magnitude'"),
-    ({"credit.source": "attention_rollout", "credit.mode": "difference"}, "set credit.mode='magnitude'"),
-    ({"credit.source": "gradient_x_input", "credit.mode": "difference"}, "credit.attribution.space='probability'"),
+    ({"rules.source": "monte_karlo"}, "did you mean 'monte_carlo'"),
+    ({"rules.source": "value_head", "rules.mode": "signed"}, "set rules.mode='difference'"),
+    ({"rules.source": "attention", "rules.mode": "signed"}, "set rules.mode='magnitude'"),
+    ({"rules.source": "attention_rollout", "rules.mode": "difference"}, "set rules.mode='magnitude'"),
+    ({"rules.source": "gradient_x_input", "rules.mode": "difference"}, "rules.attribution.space='probability'"),
     (
-      {"credit.source": "leave_one_out", "credit.mode": "difference", "credit.attribution.space": "log"},
-      "credit.attribution.space='probability'",
+      {"rules.source": "leave_one_out", "rules.mode": "difference", "rules.attribution.space": "log"},
+      "rules.attribution.space='probability'",
     ),
-    ({"credit.source": "leave_one_out", "credit.mode": "signed", "credit.bank": "suffix"}, "set credit.bank='answer'"),
-    ({"credit.attribution.space": "logs"}, "did you mean 'log'"),
-    ({"credit.state_baseline": False, "credit.mode": "signed"}, "has a baseline to leave out"),
-    ({"credit.monte_carlo.samples": 0}, r"credit\.monte_carlo\.samples=0 must be at least 1"),
-    ({"credit.value_head.decay": 1.5}, r"decay=1.5 must be in \[0, 1\]"),
+    ({"rules.source": "leave_one_out", "rules.mode": "signed", "rules.bank": "suffix"}, "set rules.bank='answer'"),
+    ({"rules.attribution.space": "logs"}, "did you mean 'log'"),
+    ({"rules.state_baseline": False, "rules.mode": "signed"}, "has a baseline to leave out"),
+    ({"rules.monte_carlo.samples": 0}, r"credit\.monte_carlo\.samples=0 must be at least 1"),
+    ({"rules.value_head.decay": 1.5}, r"decay=1.5 must be in \[0, 1\]"),
   ],
 )
 def test_illegitimate_combinations_are_refused(options, message):
@@ -215,13 +205,11 @@ def test_illegitimate_combinations_are_refused(options, message):
 
 def test_token_forwards_by_hand():
   sizes = {"batch": 2, "prompt": 3, "trace": 5, "states": 4, "completions": 2, "completion_tokens": 7}
-  rule = credit.CreditRule(group_size=2, temperature=1.0, mode="signed", attribution_steps=10)
-  counts = {
-    source: credit.token_forwards(dataclasses.replace(rule, source=source), **sizes) for source in credit.SOURCES
-  }
+  rule = rules.CreditRule(group_size=2, temperature=1.0, mode="signed", attribution_steps=10)
+  counts = {source: rules.token_forwards(dataclasses.replace(rule, source=source), **sizes) for source in rules.SOURCES}
   whole = 2 * (3 + 5 + 7)
   assert counts == {
     "scoring": 2 * 4 * 2 * 7, "monte_carlo": 0, "leave_one_out": 5 * whole, "gradient_x_input": 3 * whole,
     "integrated_gradients": 30 * whole, "attention": whole, "attention_rollout": whole, "value_head": 2 * (3 + 5),
   }  # fmt: skip
-  assert credit.token_forwards(dataclasses.replace(rule, mode="uniform"), **sizes) == 0
+  assert rules.token_forwards(dataclasses.replace(rule, mode="uniform"), **sizes) == 0

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from decoder_test import FAMILIES, params_of, plain
 
-from rredcot_jax import attribution, token_advantages, types
+from rredcot_jax import token_advantages
+from rredcot_jax.credit import attribution
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.ops import types
 
 CONFIG = dataclasses.replace(FAMILIES["qwen3"], vocab_size=23)  # Untied: a row of the table is an input alone.
 B, P, T, K, S = 4, 4, 9, 4, 4

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from rredcot_jax import tasks
-from rredcot_jax.tasks import chain
+from rredcot_jax.data import chain, encoding
 
 
 def test_the_docstrings_example():
@@ -87,10 +86,10 @@ def test_reward_reads_the_last_answer_alone():
 def test_tokenizer_is_one_token_a_character():
   tokenizer = chain.Chain(split="eval").tokenizer
   example = chain.make_example(3, ["+4", "*7"])
-  ids = tasks.prompt_ids(tokenizer, example)
-  assert len(ids) == 6 and tasks.decode(tokenizer, ids) == "3+4*7<think>"
-  assert [tasks.decode(tokenizer, step) for step in tasks.solution_ids(tokenizer, example)] == list(example.steps)
-  assert [len(step) for step in tasks.solution_ids(tokenizer, example)] == [6, 6]
+  ids = encoding.prompt_ids(tokenizer, example)
+  assert len(ids) == 6 and encoding.decode(tokenizer, ids) == "3+4*7<think>"
+  assert [encoding.decode(tokenizer, step) for step in encoding.solution_ids(tokenizer, example)] == list(example.steps)
+  assert [len(step) for step in encoding.solution_ids(tokenizer, example)] == [6, 6]
 
 
 def test_bad_options_are_named():

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from rredcot_jax import checkpoint, sharding
-from rredcot_jax import config as config_lib
 from rredcot_jax.model import decoder, huggingface
 from rredcot_jax.model.config import SIZES, ModelConfig
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import initial
 
 MODEL = ModelConfig(vocab_size=11, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24)
 KEY = jax.random.key(0)
@@ -21,12 +22,12 @@ def same(a, b):
 
 def test_every_door_gives_the_same_parameters(tmp_path):
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
-  params = checkpoint.start_params("", MODEL, mesh, KEY)
+  params = initial.start_params("", MODEL, mesh, KEY)
   same(params, decoder.init(MODEL, KEY))
   huggingface.save(MODEL, params, tmp_path / "directory")
-  checkpoint.save_params(params, tmp_path / "file.safetensors")
+  initial.save_params(params, tmp_path / "file.safetensors")
   for path in (tmp_path / "directory", tmp_path / "file.safetensors"):
-    loaded = checkpoint.start_params(str(path), MODEL, mesh, KEY)
+    loaded = initial.start_params(str(path), MODEL, mesh, KEY)
     same(loaded, params)
     assert loaded["blocks"]["query"].sharding == params["blocks"]["query"].sharding
     assert len(loaded["blocks"]["query"].sharding.device_set) == 4
@@ -36,12 +37,12 @@ def test_another_model_is_named_field_by_field(tmp_path):
   huggingface.save(MODEL, decoder.init(MODEL, KEY), tmp_path)
   other = dataclasses.replace(MODEL, width=32, rope_theta=7.0)
   with pytest.raises(ValueError, match=r"width \(16 there, 32 configured\), rope_theta \(10000.0 there, 7.0 "):
-    checkpoint.start_params(str(tmp_path), other, sharding.make_mesh(), KEY)
+    initial.start_params(str(tmp_path), other, sharding.make_mesh(), KEY)
 
 
 def test_nothing_at_the_path_is_said():
   with pytest.raises(FileNotFoundError, match="no parameters at"):
-    checkpoint.start_params("nowhere/model", MODEL, sharding.make_mesh(), KEY)
+    initial.start_params("nowhere/model", MODEL, sharding.make_mesh(), KEY)
 
 
 @pytest.mark.parametrize("name", SIZES)

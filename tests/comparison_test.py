@@ -11,8 +11,8 @@ import compare
 import pytest
 import train
 
-from rredcot_jax import comparison
-from rredcot_jax import config as config_lib
+from rredcot_jax.report import comparison
+from rredcot_jax.train import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 

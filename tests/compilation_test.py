@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import train
 
-from rredcot_jax import compiled, metrics, sharding, train_step
-from rredcot_jax import config as config_lib
+from rredcot_jax.cost import hlo
+from rredcot_jax.data import datasets
 from rredcot_jax.model.config import REMATS
-from rredcot_jax.tasks import datasets
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import metrics, programs, train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {"width": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 24}
@@ -101,7 +103,7 @@ def test_loops_count_as_often_as_they_run():
 
   shapes = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((7, 16, 16), jnp.float32)
   text = jax.jit(program).lower(*shapes).compile().as_text()
-  assert compiled.count(text).flops == (7 + 3) * 2 * 8 * 16 * 16
+  assert hlo.count(text).flops == (7 + 3) * 2 * 8 * 16 * 16
 
 
 def test_collectives_are_counted_by_what_a_device_sends():
@@ -109,9 +111,9 @@ def test_collectives_are_counted_by_what_a_device_sends():
   whole = sharding.replicated(mesh)
   rows = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=sharding.batch(mesh))
   gather = jax.jit(lambda x: x, out_shardings=whole).lower(rows).compile().as_text()
-  assert compiled.count(gather).collective_bytes == {"all-gather": 3 * 2 * 16 * 4}
+  assert hlo.count(gather).collective_bytes == {"all-gather": 3 * 2 * 16 * 4}
   total = jax.jit(lambda x: x.sum(axis=0), out_shardings=whole).lower(rows).compile().as_text()
-  counted = compiled.count(total)
+  counted = hlo.count(total)
   assert counted.collective_bytes == {"all-reduce": 2 * 16 * 4 * 3 / 4}
   assert counted.collective_calls == {"all-reduce": 1}
 
@@ -141,7 +143,7 @@ ENTRY %main (a: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
 
 
 def test_a_tpus_text_has_convolutions_and_bounds_in_conditions():
-  counted = compiled.count(TPU_TEXT)
+  counted = hlo.count(TPU_TEXT)
   assert counted.flops == 36 * 2 * 8 * 128 * 128
   assert counted.collective_bytes == {"all-gather": 36 * 3 * 8 * 128 * 2}
 
@@ -159,20 +161,20 @@ def test_a_tpus_text_has_convolutions_and_bounds_in_conditions():
 )
 def test_groups_are_read_in_all_their_spellings(groups, others):
   text = "HloModule jit_f, num_partitions=64\n" + TPU_TEXT.replace("mesh['a'=2,'b'=4] {'b'}", groups)
-  assert compiled.count(text).collective_bytes == {"all-gather": 36 * others * 8 * 128 * 2}
+  assert hlo.count(text).collective_bytes == {"all-gather": 36 * others * 8 * 128 * 2}
 
 
 def test_a_collective_written_into_several_fusions_is_counted_once():
   gather = next(line for line in TPU_TEXT.splitlines() if "all-gather" in line)
   chained = gather + ', frontend_attributes={chain_id="13"}'
   steps = "\n".join(chained.replace("%g", f"%g{i}") for i in range(3))
-  assert compiled.count(TPU_TEXT.replace(gather, steps)).collective_calls == {"all-gather": 36}
-  assert compiled.count(TPU_TEXT.replace(gather, f"{gather}\n{gather}")).collective_calls == {"all-gather": 72}
+  assert hlo.count(TPU_TEXT.replace(gather, steps)).collective_calls == {"all-gather": 36}
+  assert hlo.count(TPU_TEXT.replace(gather, f"{gather}\n{gather}")).collective_calls == {"all-gather": 72}
 
 
 def test_a_spelling_of_groups_that_is_not_known_is_not_guessed():
   with pytest.raises(ValueError, match="the groups of this collective are written in a way that is not known"):
-    compiled.count(TPU_TEXT.replace("mesh['a'=2,'b'=4] {'b'}", "rings(2)"))
+    hlo.count(TPU_TEXT.replace("mesh['a'=2,'b'=4] {'b'}", "rings(2)"))
 
 
 @pytest.mark.parametrize(
@@ -192,8 +194,8 @@ def test_the_search_takes_the_largest_batch_then_the_cheapest_policy(room, expec
       return changes["prompts"] * 20 <= room
     return changes["prompts"] * 4 / changes["microbatches"] / 2 * kept[changes["remat"]] <= room
 
-  assert compiled.search(fits, 2, group_size=4, row_parts=4) == expected
-  assert set(compiled.REMATS_BY_COST) == set(REMATS)
+  assert programs.search(fits, 2, group_size=4, row_parts=4) == expected
+  assert set(programs.REMATS_BY_COST) == set(REMATS)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make peers")

@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from rredcot_jax import losses, scoring, sharding, train_step, types
-from rredcot_jax.model import attention, decoder
+from rredcot_jax.model import attention, decoder, scoring
 from rredcot_jax.model.config import Compute, ModelConfig
+from rredcot_jax.ops import losses, types
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import train_step
 
 CONFIG = ModelConfig(vocab_size=29, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24)
 OPTIMIZER = optax.sgd(0.1)

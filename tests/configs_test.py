@@ -14,11 +14,13 @@ import pytest
 import train
 import transformers
 
-from rredcot_jax import checkpoint, report, sampling, tasks, train_step
-from rredcot_jax import config as config_lib
-from rredcot_jax.model import decoder, huggingface
+from rredcot_jax.data import chain, datasets, encoding, reasoning_gym, tasks
+from rredcot_jax.model import decoder, huggingface, sampling
 from rredcot_jax.model.config import SIZES, ModelConfig
-from rredcot_jax.tasks import chain, datasets, reasoning_gym
+from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.report import page
+from rredcot_jax.train import checkpoint, train_step
+from rredcot_jax.train import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
@@ -177,7 +179,7 @@ TRACE_TOKENS = 24
 def trained(tmp_path_factory):
   """One step of training from a random checkpoint: (config, workdir, what was seen on the way)."""
   root = tmp_path_factory.mktemp("pass")
-  tokenizer = tasks.load_tokenizer(datasets.TOKENIZER_DIR)
+  tokenizer = load_tokenizer(datasets.TOKENIZER_DIR)
   sizes = {"width": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "mlp_width": 64}
   model = ModelConfig(vocab_size=len(tokenizer), **sizes)
   huggingface.save(model, decoder.init(model, jax.random.key(3)), root / "start", tokenizer=tokenizer)
@@ -249,7 +251,7 @@ def watch(patch, seen):
 
 def test_training_on_a_users_checkpoint_and_corpus(trained):
   config, workdir, seen = trained
-  lines = report.read_metrics(workdir / "metrics.jsonl")
+  lines = page.read_metrics(workdir / "metrics.jsonl")
   (step,) = [line for line in lines if "train/loss" in line]
   assert [line["step"] for line in lines if "eval/pass@1" in line] == [0, 1]
   assert np.isfinite(step["train/loss"]) and step["train/gradient_norm"] > 0
@@ -259,7 +261,7 @@ def test_training_on_a_users_checkpoint_and_corpus(trained):
   (batch,) = seen["batches"]
   assert np.abs(batch.advantages[batch.mask]).max() > 0
   task = tasks.make_task(**config_lib.task_options(config, "train"))
-  prompts = {tasks.decode(task.tokenizer, row[kept]) for row, kept in zip(batch.prompt_tokens, batch.prompt_mask)}
+  prompts = {encoding.decode(task.tokenizer, row[kept]) for row, kept in zip(batch.prompt_tokens, batch.prompt_mask)}
   assert prompts <= {f"{example.question}<think>" for example in task} and len(prompts) == 4
   assert all("\nAnswer with a number.<think>" in prompt for prompt in prompts)
 
@@ -270,7 +272,7 @@ def test_evaluating_what_was_trained(trained, tmp_path, monkeypatch):
   again = {"rollouts": [], "batches": [], "decoded": set(), "encoded": []}
   watch(monkeypatch, again)
   figures = evaluate.run(config, workdir, samples=2, output=tmp_path / "results.json")
-  last = report.read_metrics(workdir / "metrics.jsonl")[-1]
+  last = page.read_metrics(workdir / "metrics.jsonl")[-1]
   assert last["step"] == 1
   # The same key, samples and rows: the traces of the run's own last evaluation, and not of its first.
   (rollout,) = again["rollouts"]
@@ -306,9 +308,9 @@ def test_the_ids_trained_on_are_the_ids_sampled(trained):
     np.testing.assert_array_equal(getattr(batch, name), getattr(rollout, name))
   np.testing.assert_array_equal(batch.old_log_probs, rollout.log_probs)
   # The test can fail: this policy writes what the tokenizer would not.
-  tokenizer = tasks.load_tokenizer(config.task.options.tokenizer_dir)
+  tokenizer = load_tokenizer(config.task.options.tokenizer_dir)
   rows = [row[kept].tolist() for row, kept in zip(rollout.tokens, rollout.mask)]
-  again = [tokenizer.encode(tasks.decode(tokenizer, row), add_special_tokens=False) for row in rows]
+  again = [tokenizer.encode(encoding.decode(tokenizer, row), add_special_tokens=False) for row in rows]
   assert all(row != other for row, other in zip(rows, again))
 
 

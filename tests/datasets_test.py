@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rredcot_jax import tasks
-from rredcot_jax.tasks import batching, datasets, verifiers
+from rredcot_jax.data import batching, datasets, encoding, tasks, verifiers
+from rredcot_jax.model.tokenizer import load_tokenizer
 
 DATA = pathlib.Path(__file__).parent / "data"
 DIVIDED = {"train_file": "test"}  # Divides a benchmark's file, so that it has a split to train on.
@@ -336,17 +336,17 @@ def test_an_instruction_follows_every_question_and_changes_nothing_else(sample):
 
 
 def test_the_chat_template_wraps_the_question_unless_told_not_to(sample, tmp_path):
-  tokenizer = tasks.load_tokenizer(datasets.TOKENIZER_DIR)
+  tokenizer = load_tokenizer(datasets.TOKENIZER_DIR)
   tokenizer.chat_template = "{{ 'Asked: ' + messages[0]['content'] + ' Reply: ' }}"
   tokenizer.save_pretrained(tmp_path)
   texts = {}
   for chat in (True, False):
     task = sample("gsm8k", tokenizer_dir=tmp_path, chat=chat)
-    texts[chat] = tasks.decode(task.tokenizer, tasks.prompt_ids(task.tokenizer, task[0]))
+    texts[chat] = encoding.decode(task.tokenizer, encoding.prompt_ids(task.tokenizer, task[0]))
   question = sample("gsm8k")[0].question
   assert texts == {True: f"Asked: {question} Reply: <think>", False: f"{question}<think>"}
   default = sample("gsm8k", tokenizer_dir=tmp_path)
-  assert tasks.decode(default.tokenizer, tasks.prompt_ids(default.tokenizer, default[0])) == texts[True]
+  assert encoding.decode(default.tokenizer, encoding.prompt_ids(default.tokenizer, default[0])) == texts[True]
 
 
 # ---- Files -------------------------------------------------------------------------------
@@ -417,7 +417,7 @@ def test_hostile_questions_come_through_unchanged(corpus):
   task = corpus("amc23", rows)()
   assert [example.question for example in task] == list(HOSTILE_QUESTIONS.values())
   markers = task[0]
-  ids = tasks.prompt_ids(task.tokenizer, markers)
+  ids = encoding.prompt_ids(task.tokenizer, markers)
   open_, close = (task.tokenizer.get_vocab().get(m) for m in ("<think>", "</think>"))
   assert None not in (open_, close)
   assert ids.count(open_) == 1 and ids[-1] == open_ and close not in ids and task.tokenizer.eos_token_id not in ids

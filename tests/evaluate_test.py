@@ -12,9 +12,12 @@ import pytest
 import tiny_config
 import train
 
-from rredcot_jax import config as config_lib
-from rredcot_jax import evaluation, sampling, sharding, tasks
-from rredcot_jax.checkpoint import start_params
+from rredcot_jax.data import judging, tasks, verifiers
+from rredcot_jax.model import sampling
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import evaluation
+from rredcot_jax.train.initial import start_params
 
 SAMPLES = 3  # With 6 prompts and 8 rows: three batches, the last filled up.
 
@@ -53,7 +56,7 @@ def traces_of(output):
   ],
 )
 def test_answer_of(text, answer):
-  assert evaluation.answer_of(text) == answer
+  assert verifiers.answer_of(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -221,7 +224,7 @@ def test_what_fills_the_last_batch_up_is_left_out(whole, tmp_path, monkeypatch):
   evaluate.run(tiny(), None, samples=SAMPLES, output=output)
   (last,) = rollouts
   task = tasks.make_task(**config_lib.task_options(tiny(), "eval"))
-  answers = [evaluation.answer_of(text) for text in evaluation.trace_texts(task, last)]
+  answers = [verifiers.answer_of(text) for text in judging.trace_texts(task, last)]
   assert [json.loads(line)["answer"] for line in lines[17:]] == answers[:2]
   assert len(set(answers)) > 1  # All eight rows are of one prompt.
 

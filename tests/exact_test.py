@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rredcot_jax import completions, monte_carlo, redistribute, types
-from rredcot_jax.values import estimate_values
+from rredcot_jax import redistribute
+from rredcot_jax.credit import monte_carlo
+from rredcot_jax.ops import banks, types
+from rredcot_jax.ops.values import estimate_values
 
 LENGTH, VOCAB, EOS = 4, 3, 0
 SEEDS = range(4)
@@ -274,7 +276,7 @@ def test_a_bank_of_the_groups_rollouts_is_unbiased_if_it_holds_every_success(ban
 
 
 def group_bank(group, utility, toy, bank_size):
-  """`completions.make_bank("rollouts")` of two traces, a segment a token."""
+  """`banks.make_bank("rollouts")` of two traces, a segment a token."""
   size = LENGTH + 1
   tokens, mask, log_probs = np.zeros((2, size), np.int32), np.zeros((2, size), bool), np.zeros((2, size), np.float32)
   ends = np.zeros((2, LENGTH), np.int32)
@@ -285,9 +287,9 @@ def group_bank(group, utility, toy, bank_size):
   lengths = mask.sum(axis=1).astype(np.int32)
   rollout = types.Rollout(tokens[:, :1], mask[:, :1], tokens, mask, log_probs, log_probs, np.zeros(2, bool))
   segments = types.Segments(ends, np.where(mask, np.arange(size), -1), lengths, np.zeros(2, np.int32))
-  references = [completions.Reference((), (), (EOS,))] * 2
+  references = [banks.Reference((), (), (EOS,))] * 2
   returns = np.array([utility(trace) for trace in group], np.float32)
-  return completions.make_bank(
+  return banks.make_bank(
     "rollouts", references, rollout, segments, returns, np.zeros(VOCAB, int), group_size=2, bank_size=bank_size,
     max_tokens=LENGTH,
   ).completions  # fmt: skip

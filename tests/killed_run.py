@@ -22,7 +22,8 @@ import tiny_config
 import train
 from ml_collections import ConfigDict
 
-from rredcot_jax import checkpoint, evaluation
+from rredcot_jax.data import judging
+from rredcot_jax.train import checkpoint
 
 
 def get_config(kills: int) -> ConfigDict:
@@ -58,7 +59,7 @@ def live(workdir: pathlib.Path, config: ConfigDict, events: int, most: float) ->
 
     return call
 
-  evaluation.returns_of = announced(evaluation.returns_of, b"s")
+  judging.returns_of = announced(judging.returns_of, b"s")
   checkpoint.Checkpointer.save = announced(checkpoint.Checkpointer.save, b"c")
   train.claim_workdir(workdir, config, "test", resume=True)
   train.run(config, workdir)

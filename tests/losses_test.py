@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rredcot_jax import advantages, losses, types
+from rredcot_jax.ops import advantages, losses, types
 
 OPTIONS = ("loss", "clip_low", "clip_high", "dual_clip", "kl", "kl_coefficient", "max_length")
 NAN = np.nan

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rredcot_jax import masked
+from rredcot_jax.ops import masked
 
 REDUCTIONS: dict[str, Any] = {
   "sum": (masked.masked_sum, np.sum, 0.0),

@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from rredcot_jax import metrics
+from rredcot_jax.report import statistics
+from rredcot_jax.train import metrics
 
 
 @pytest.mark.parametrize(("n", "k"), [(4, 1), (4, 2), (5, 3), (4, 4)])
@@ -17,9 +18,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success(n, k):
     samples = [True] * correct + [False] * (n - correct)
     subsets = list(itertools.combinations(samples, k))
     expected = sum(any(subset) for subset in subsets) / len(subsets)
-    assert metrics.pass_at_k(np.array([correct]), n, k)[0] == pytest.approx(expected, abs=1e-12)
+    assert statistics.pass_at_k(np.array([correct]), n, k)[0] == pytest.approx(expected, abs=1e-12)
   with pytest.raises(ValueError, match=f"pass@{n + 1}"):
-    metrics.pass_at_k(np.array([0]), n, n + 1)
+    statistics.pass_at_k(np.array([0]), n, n + 1)
 
 
 def majority_by_enumeration(votes, correct, k):
@@ -48,66 +49,66 @@ def test_maj_at_k_is_the_share_of_subsets_whose_majority_is_right(n):
   for case, right in correct.items():
     for k in range(1, n + 1):
       expected = [majority_by_enumeration(*row, k) for row in zip(votes.tolist(), right.tolist())]
-      np.testing.assert_allclose(metrics.maj_at_k(votes, right, k), expected, atol=1e-12, err_msg=f"{case}, k={k}")
-  assert not metrics.maj_at_k(votes, votes == -1, n).any()
+      np.testing.assert_allclose(statistics.maj_at_k(votes, right, k), expected, atol=1e-12, err_msg=f"{case}, k={k}")
+  assert not statistics.maj_at_k(votes, votes == -1, n).any()
 
 
 def test_maj_at_k_by_hand():
   votes = np.array([[0, 0, 1, 2], [0, 0, 1, 1], [-1, -1, -1, 3], [-1, -1, -1, -1]])
   right = np.array([[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]], bool)
-  np.testing.assert_allclose(metrics.maj_at_k(votes, right, 4), [1.0, 0.5, 1.0, 0.0])
-  np.testing.assert_allclose(metrics.maj_at_k(votes, right, 1), [0.5, 0.5, 0.25, 0.0])
+  np.testing.assert_allclose(statistics.maj_at_k(votes, right, 4), [1.0, 0.5, 1.0, 0.0])
+  np.testing.assert_allclose(statistics.maj_at_k(votes, right, 1), [0.5, 0.5, 0.25, 0.0])
 
 
 def test_maj_at_k_from_random_subsets_is_near_the_enumeration_and_repeats():
   rng = np.random.default_rng(0)
   votes = rng.choice(4, size=(50, 16), p=[0.4, 0.3, 0.2, 0.1])
-  exact = metrics.maj_at_k(votes, votes == 0, 8, max_subsets=math.comb(16, 8))
-  estimate = metrics.maj_at_k(votes, votes == 0, 8)
+  exact = statistics.maj_at_k(votes, votes == 0, 8, max_subsets=math.comb(16, 8))
+  estimate = statistics.maj_at_k(votes, votes == 0, 8)
   assert (
     0 < np.abs(estimate - exact).max() < 4.5 * 0.5 / 2000**0.5
   )  # The error of a share of 2000, four and a half times.
-  np.testing.assert_array_equal(estimate, metrics.maj_at_k(votes, votes == 0, 8))
-  assert (estimate != metrics.maj_at_k(votes, votes == 0, 8, seed=1)).any()
+  np.testing.assert_array_equal(estimate, statistics.maj_at_k(votes, votes == 0, 8))
+  assert (estimate != statistics.maj_at_k(votes, votes == 0, 8, seed=1)).any()
 
 
 def test_maj_at_k_checks_its_arguments():
   votes = np.zeros((2, 4), int)
   for k in (0, 5):
     with pytest.raises(ValueError, match=f"maj@{k} needs 1 <= k <= 4"):
-      metrics.maj_at_k(votes, votes == 0, k)
+      statistics.maj_at_k(votes, votes == 0, k)
   with pytest.raises(ValueError, match=r"\(2, 4\) and correct \(2, 3\)"):
-    metrics.maj_at_k(votes, votes[:, :3] == 0, 1)
+    statistics.maj_at_k(votes, votes[:, :3] == 0, 1)
 
 
 def test_bootstrap_interval_has_the_quantiles_of_the_binomial():
   # Means of resamples of five ones and five zeros are Binomial(10, 1/2) / 10: P(X <= 1) = 1.1%, P(X <= 2) = 5.5%.
   values = np.array([1.0, 0.0] * 5)
-  np.testing.assert_allclose(metrics.bootstrap_interval(values), [0.2, 0.8])
+  np.testing.assert_allclose(statistics.bootstrap_interval(values), [0.2, 0.8])
   # P(X <= 3) = 17.2%, P(X <= 4) = 37.7%.
-  np.testing.assert_allclose(metrics.bootstrap_interval(values, level=0.5), [0.4, 0.6])
+  np.testing.assert_allclose(statistics.bootstrap_interval(values, level=0.5), [0.4, 0.6])
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
   rng = np.random.default_rng(0)
   values = rng.beta(2, 1, size=(60, 400))  # 400 evaluations of 60 prompts, mean 2/3.
-  low, high = metrics.bootstrap_interval(values, resamples=1000)
+  low, high = statistics.bootstrap_interval(values, resamples=1000)
   assert 0.91 < np.mean((low < 2 / 3) & (2 / 3 < high)) < 0.98
 
 
 def test_bootstrap_interval_of_columns():
   rng = np.random.default_rng(0)
   values = rng.random((40, 2, 3))
-  ends = metrics.bootstrap_interval(values, resamples=1234)
+  ends = statistics.bootstrap_interval(values, resamples=1234)
   assert ends.shape == (2, 2, 3)
-  np.testing.assert_allclose(ends[:, 1, 2], metrics.bootstrap_interval(values[:, 1, 2], resamples=1234))
-  np.testing.assert_array_equal(metrics.bootstrap_interval(np.ones(5)), [1.0, 1.0])
+  np.testing.assert_allclose(ends[:, 1, 2], statistics.bootstrap_interval(values[:, 1, 2], resamples=1234))
+  np.testing.assert_array_equal(statistics.bootstrap_interval(np.ones(5)), [1.0, 1.0])
   with pytest.raises(ValueError, match="at least 2 of them and there are 1"):
-    metrics.bootstrap_interval(np.ones(1))
+    statistics.bootstrap_interval(np.ones(1))
 
 
 def test_standard_error():
-  assert metrics.mean_and_error(np.array([1.0, 0.0, 1.0, 0.0])) == (0.5, pytest.approx((1 / 3) ** 0.5 / 2))
+  assert statistics.mean_and_error(np.array([1.0, 0.0, 1.0, 0.0])) == (0.5, pytest.approx((1 / 3) ** 0.5 / 2))
 
 
 def test_lines_of_a_lost_future_and_half_lines_are_dropped(tmp_path):

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rredcot_jax import advantages, monte_carlo, redistribution, sampling, scoring, sharding, types
-from rredcot_jax.model import decoder
+from rredcot_jax.credit import monte_carlo
+from rredcot_jax.model import continuations, decoder, sampling, scoring
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.ops import advantages, redistribution, types
+from rredcot_jax.parallel import sharding
 
 CONFIG = ModelConfig(
   vocab_size=13, width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=32, qk_norm=True,
@@ -46,7 +48,7 @@ def case(seed=1, **options):
 
 
 def generate(cache, rollout, segments, *, k=N, **options):
-  return monte_carlo.generate_from_states(
+  return continuations.generate_from_states(
     PARAMS, CONFIG, cache, rollout, segments, jax.random.key(7), k=k, **OPTIONS | options
   )
 
@@ -310,7 +312,7 @@ def test_samples_of_different_states_are_independent():
 
 def test_whole_continuations_follow_the_policys_distribution():
   params, *rest = tiny()
-  drawn, _ = monte_carlo.generate_from_states(
+  drawn, _ = continuations.generate_from_states(
     params, TINY, *rest, jax.random.key(3), k=SAMPLES, chunk_size=256, **TINY_OPTIONS
   )
   for row, state, prefix in tiny_states():
@@ -374,7 +376,7 @@ def test_the_judge_sees_each_whole_trace_once():
   possible = {(row, (*prefix, *c)) for row, _, prefix in tiny_states() for c in continuations_of(row, prefix)}
   assert set(asked) <= possible
   assert any(len(trace) == 3 and trace[-1] != 0 for _, trace in asked)
-  drawn, _ = monte_carlo.generate_from_states(tiny()[0], TINY, *tiny()[1:], jax.random.key(3), k=16, **TINY_OPTIONS)
+  drawn, _ = continuations.generate_from_states(tiny()[0], TINY, *tiny()[1:], jax.random.key(3), k=16, **TINY_OPTIONS)
   assert result.generated_tokens == int(drawn.lengths.sum()) <= result.computed_tokens
   assert 0 < result.generation_seconds <= result.seconds
   for row, state, prefix in tiny_states():
@@ -385,7 +387,7 @@ def test_the_judge_sees_each_whole_trace_once():
 
 def test_compiled_equals_eager():
   params, *rest = tiny()
-  draw = lambda: monte_carlo.generate_from_states(params, TINY, *rest, jax.random.key(3), k=2, **TINY_OPTIONS)
+  draw = lambda: continuations.generate_from_states(params, TINY, *rest, jax.random.key(3), k=2, **TINY_OPTIONS)
   compiled, steps = draw()
   with jax.disable_jit():
     eager, eager_steps = draw()

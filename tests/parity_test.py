@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rredcot_jax import sampling, scoring, tasks, types
-from rredcot_jax.model import decoder, huggingface
+from rredcot_jax.model import decoder, huggingface, sampling, scoring
+from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.ops import types
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tools"))
 import make_parity_goldens as goldens
@@ -161,7 +162,7 @@ def test_decoding_equals_prefill(name, small):
 def test_smollm2_answers_as_transformers_did(smollm2):
   path, _, _, ours = smollm2
   kept = goldens.golden("smollm2")
-  text = tasks.load_tokenizer(path).encode(goldens.smollm2_text())
+  text = load_tokenizer(path).encode(goldens.smollm2_text())
   np.testing.assert_array_equal(text[: goldens.LENGTH], kept["tokens"])
   assert_same(ours, kept, TOLERANCE_SMOLLM2, list(goldens.SMOLLM2_POSITIONS), goldens.SMOLLM2_COLUMNS)
 

@@ -1,4 +1,4 @@
-"""experiments/train.py on a small configuration, which this file also is; started by distributed_test.py.
+"""experiments/train.py on a small configuration, which this file also is; started by processes_test.py.
 
     python tests/process_run.py (FATE STEP | - -) --config tests/process_run.py --workdir WORKDIR ...
 
@@ -17,8 +17,8 @@ import train
 from absl import app
 from ml_collections import ConfigDict
 
-from rredcot_jax import evaluation
-from rredcot_jax.tasks.chain import Chain
+from rredcot_jax.data import judging
+from rredcot_jax.data.chain import Chain
 
 HEARTBEAT_SECONDS = 30  # JAX aborts a process whose others are starved for so long.
 
@@ -50,7 +50,7 @@ def full_disk() -> None:
 def main() -> None:
   name, step = sys.argv.pop(1), sys.argv.pop(1)
   Chain.reward = reward
-  original, calls = evaluation.returns_of, 0
+  original, calls = judging.returns_of, 0
 
   def counted(*args):
     nonlocal calls
@@ -59,7 +59,7 @@ def main() -> None:
       full_disk() if name == "FULL" else os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
     return original(*args)
 
-  evaluation.returns_of = counted
+  judging.returns_of = counted
   app.run(train.main)
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from verifiers_test import HOSTILE
 
-from rredcot_jax import tasks
-from rredcot_jax.tasks import reasoning_gym
+from rredcot_jax.data import encoding, reasoning_gym, tasks
+from rredcot_jax.model.tokenizer import load_tokenizer
 
 GSM = "reasoning_gym/gsm_symbolic"
 SPECIAL_TEXT = "<think></think><pad><eos></think"
@@ -201,22 +201,24 @@ def test_tokenizer_loads_offline_in_both_ways(tokenizer):
 
 def test_missing_tokenizer_file_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"'tokenizer\.json' is missing"):
-    tasks.load_tokenizer(tmp_path)
+    load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{}")
   with pytest.raises(FileNotFoundError, match=r"'tokenizer_config\.json' is missing"):
-    tasks.load_tokenizer(str(tmp_path))
+    load_tokenizer(str(tmp_path))
 
 
 def test_layout_of_a_trace(train, tokenizer):
   example = train[0]
-  assert tasks.exit_ids(tokenizer) == [3]
-  assert tasks.prompt_ids(tokenizer, example)[-1] == 2
-  assert tasks.decode(tokenizer, tasks.prompt_ids(tokenizer, example)) == example.question + "<think>"
-  steps = tasks.solution_ids(tokenizer, example)
-  assert tuple(tasks.decode(tokenizer, ids) for ids in steps) == example.steps
-  assert tasks.answer_ids(tokenizer, example)[-1] == 1
-  trace = [token for step in steps for token in step] + tasks.exit_ids(tokenizer) + tasks.answer_ids(tokenizer, example)
-  assert train.reward(example, tasks.decode(tokenizer, trace[:-1])) == 1.0
+  assert encoding.exit_ids(tokenizer) == [3]
+  assert encoding.prompt_ids(tokenizer, example)[-1] == 2
+  assert encoding.decode(tokenizer, encoding.prompt_ids(tokenizer, example)) == example.question + "<think>"
+  steps = encoding.solution_ids(tokenizer, example)
+  assert tuple(encoding.decode(tokenizer, ids) for ids in steps) == example.steps
+  assert encoding.answer_ids(tokenizer, example)[-1] == 1
+  trace = (
+    [token for step in steps for token in step] + encoding.exit_ids(tokenizer) + encoding.answer_ids(tokenizer, example)
+  )
+  assert train.reward(example, encoding.decode(tokenizer, trace[:-1])) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -242,10 +244,10 @@ def test_any_text_round_trips(tokenizer, text):
 
 def assert_round_trip(tokenizer, text):
   example = tasks.Example(question=text, steps=(text,), answer=text)
-  ids = tasks.prompt_ids(tokenizer, example)[:-1]
-  assert tasks.decode(tokenizer, ids) == text
-  assert tasks.solution_ids(tokenizer, example) == [ids]
-  assert tasks.answer_ids(tokenizer, example)[:-1] == ids
+  ids = encoding.prompt_ids(tokenizer, example)[:-1]
+  assert encoding.decode(tokenizer, ids) == text
+  assert encoding.solution_ids(tokenizer, example) == [ids]
+  assert encoding.answer_ids(tokenizer, example)[:-1] == ids
   assert not set(ids) & set(tokenizer.all_special_ids)
 
 
@@ -253,8 +255,8 @@ def test_special_tokens_in_a_question_stay_text(tokenizer):
   ids = tokenizer.encode(SPECIAL_TEXT)
   assert {0, 1, 2, 3} < set(ids)  # What a plain `encode` would let a question do.
   example = tasks.Example(question=SPECIAL_TEXT, steps=(), answer="")
-  assert tasks.prompt_ids(tokenizer, example).count(2) == 1
-  assert not {0, 1, 3} & set(tasks.prompt_ids(tokenizer, example))
+  assert encoding.prompt_ids(tokenizer, example).count(2) == 1
+  assert not {0, 1, 3} & set(encoding.prompt_ids(tokenizer, example))
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -267,22 +269,22 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def test_markers_that_a_tokenizer_does_not_call_special_stay_text_too():
   ordinary = byte_tokenizer()
-  ordinary.add_tokens([transformers.AddedToken(m, special=False) for m in (tasks.THINK_OPEN, tasks.THINK_CLOSE)])
-  marker = ordinary.convert_tokens_to_ids(tasks.THINK_CLOSE)
+  ordinary.add_tokens([transformers.AddedToken(m, special=False) for m in (encoding.THINK_OPEN, encoding.THINK_CLOSE)])
+  marker = ordinary.convert_tokens_to_ids(encoding.THINK_CLOSE)
   assert marker in ordinary.encode(SPECIAL_TEXT, split_special_tokens=True)
   example = tasks.Example(question=SPECIAL_TEXT, steps=(SPECIAL_TEXT,), answer=SPECIAL_TEXT)
-  assert tasks.exit_ids(ordinary) == [marker]
-  assert marker not in tasks.prompt_ids(ordinary, example) + tasks.answer_ids(ordinary, example)
-  assert tasks.decode(ordinary, tasks.solution_ids(ordinary, example)[0]) == SPECIAL_TEXT
+  assert encoding.exit_ids(ordinary) == [marker]
+  assert marker not in encoding.prompt_ids(ordinary, example) + encoding.answer_ids(ordinary, example)
+  assert encoding.decode(ordinary, encoding.solution_ids(ordinary, example)[0]) == SPECIAL_TEXT
 
 
 def test_markers_that_a_vocabulary_lacks_are_spelled_out():
   spelled = byte_tokenizer()
-  assert tasks.decode(spelled, tasks.exit_ids(spelled)) == "</think>"
+  assert encoding.decode(spelled, encoding.exit_ids(spelled)) == "</think>"
 
 
 def test_token_texts_cover_the_vocabulary(tokenizer):
-  texts = tasks.token_texts(tokenizer)
+  texts = encoding.token_texts(tokenizer)
   assert len(texts) == len(tokenizer)
   assert texts[:4] == ["<pad>", "<eos>", "<think>", "</think>"]
   assert [text for text in texts if "\n" in text] == ["\n"]
@@ -292,8 +294,8 @@ def test_token_texts_cover_the_vocabulary(tokenizer):
 
 
 def test_decode_leaves_out_what_is_no_token(tokenizer):
-  assert tasks.decode(tokenizer, [3, -1, 1024, 2**70, 3]) == "</think></think>"
-  assert tasks.decode(tokenizer, tokenizer.encode("é")[:1]) == "\ufffd"
+  assert encoding.decode(tokenizer, [3, -1, 1024, 2**70, 3]) == "</think></think>"
+  assert encoding.decode(tokenizer, tokenizer.encode("é")[:1]) == "\ufffd"
 
 
 def test_templates_choose_what_is_asked():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rredcot_jax import redistribution
+from rredcot_jax.ops import redistribution
 
 K = 5
 REDISTRIBUTE = jax.jit(redistribution.redistribute, static_argnames="initial_value")

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from rredcot_jax import report
+from rredcot_jax.report import page as report
 
 SCRIPT = "<script>alert(1)</script>"
 BREAKOUT = "\"'><img src=x onerror=alert(2)> & "

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rredcot_jax import sampling, scoring, sharding
-from rredcot_jax.model import decoder
+from rredcot_jax.model import decoder, sampling, scoring
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.parallel import sharding
 
 CONFIG = ModelConfig(vocab_size=13, width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=32)
 PARAMS = decoder.init(CONFIG, jax.random.key(0))

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rredcot_jax import sampling, scoring, sharding, types
-from rredcot_jax.model import decoder
+from rredcot_jax.model import decoder, sampling, scoring
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.ops import types
+from rredcot_jax.parallel import sharding
 
 CONFIG = ModelConfig(
   vocab_size=23, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, qk_norm=True

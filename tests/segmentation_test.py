@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from rredcot_jax import segmentation, types
+from rredcot_jax.ops import segmentation, types
 
 T = 24
 EOS = "<eos>"

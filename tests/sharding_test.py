@@ -10,9 +10,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rredcot_jax import compiled, losses, sampling, scoring, sharding, train_step, types
-from rredcot_jax.model import decoder
+from rredcot_jax.cost import hlo
+from rredcot_jax.model import decoder, sampling, scoring
 from rredcot_jax.model.config import Compute, ModelConfig
+from rredcot_jax.ops import losses, types
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import train_step
 
 CONFIG = ModelConfig(
   vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, qkv_bias=True,
@@ -104,7 +107,7 @@ def test_the_head_is_gathered_once_whatever_the_number_of_chunks(axes):
     update = functools.partial(UPDATES["policy"], config=IN_CHUNKS[chunk])
     with sharding.use(mesh):
       step = jax.jit(update, in_shardings=(placement, sharding.batch(mesh)), out_shardings=(placement, None))
-      counts = compiled.count(step.lower(state, batch).compile().as_text())
+      counts = hlo.count(step.lower(state, batch).compile().as_text())
     return sum(counts.collective_bytes.values())
 
   assert abs(sent(1) - sent(4)) < CONFIG.vocab_size * CONFIG.width * 4, (sent(1), sent(4))

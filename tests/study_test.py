@@ -12,9 +12,13 @@ import pytest
 import scipy.stats
 from decoder_test import FAMILIES, params_of
 
-from rredcot_jax import agreement, estimators, flops, gradients, ground_truth, monte_carlo, scoring, tasks, types
-from rredcot_jax import config as config_lib
-from rredcot_jax.tasks import batching
+from rredcot_jax.cost import flops
+from rredcot_jax.credit import monte_carlo
+from rredcot_jax.data import batching, tasks
+from rredcot_jax.model import scoring
+from rredcot_jax.ops import types
+from rredcot_jax.study import agreement, estimators, gradients, ground_truth
+from rredcot_jax.train import config as config_lib
 
 # ---- Statistics --------------------------------------------------------------------------
 
@@ -173,7 +177,7 @@ def traces_with(texts, examples, task, returns):
 
 def test_wrong_steps_stated_answers_and_shared_states():
   task = tasks.make_task("chain", split="eval", num_steps=2)
-  from rredcot_jax.tasks.chain import make_example
+  from rredcot_jax.data.chain import make_example
 
   example = make_example(3, ["+4", "*7"])  # 3+4=7, 7*7=9.
   texts = ["3+4=7\n7*7=9\n</think>9", "3+4=7\n7*7=8\n</think>8", "3+4=6\n6*7=2\n</think>2", "3+4=7\n</think>9"]

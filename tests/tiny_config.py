@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from rredcot_jax.config import default_config
+from rredcot_jax.train.config import default_config
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:

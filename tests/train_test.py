@@ -12,10 +12,13 @@ import pytest
 import tiny_config
 import train
 
-from rredcot_jax import checkpoint, losses, report, sampling, sharding, tasks, train_step
-from rredcot_jax import config as config_lib
-from rredcot_jax.model import decoder
-from rredcot_jax.tasks import batching
+from rredcot_jax.data import batching, tasks
+from rredcot_jax.model import decoder, sampling
+from rredcot_jax.ops import losses
+from rredcot_jax.parallel import sharding
+from rredcot_jax.report import page
+from rredcot_jax.train import checkpoint, initial, train_step
+from rredcot_jax.train import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -35,7 +38,7 @@ def run(config, workdir):
 
 
 def untimed(workdir):
-  lines = report.read_metrics(workdir / "metrics.jsonl")
+  lines = page.read_metrics(workdir / "metrics.jsonl")
   return [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines]
 
 
@@ -66,7 +69,7 @@ def test_run_writes_what_it_promises(uninterrupted):
   tokens = [line["train/rollout_tokens"] for line in lines if "train/loss" in line]
   assert tokens == sorted(tokens) and tokens[0] > 0
   assert all(0 < line["train/reward"] < 1 for line in lines if "train/loss" in line)
-  traces = report.read_traces(uninterrupted / "traces.jsonl")
+  traces = page.read_traces(uninterrupted / "traces.jsonl")
   assert len(traces) == 4
   for trace in traces:
     # Return equivalence, on what a run wrote.
@@ -187,17 +190,17 @@ def test_task_without_prompts_is_refused(tmp_path):
 
 def test_half_written_parameters_are_named(tmp_path):
   path = tmp_path / "half.safetensors"
-  checkpoint.save_params({"a": np.ones((4, 4), np.float32)}, path)
+  initial.save_params({"a": np.ones((4, 4), np.float32)}, path)
   wrong = {"a": jax.ShapeDtypeStruct((4, 5), np.float32)}
   with pytest.raises(ValueError, match=r"tensor 'a' is \(4, 4\) and the model needs \(4, 5\)"):
-    checkpoint.load_params(path, wrong)
+    initial.load_params(path, wrong)
   with pytest.raises(ValueError, match="no tensor 'b'"):
-    checkpoint.load_params(path, {"b": wrong["a"]})
+    initial.load_params(path, {"b": wrong["a"]})
   path.write_bytes(path.read_bytes()[:-8])
   with pytest.raises(ValueError, match=r"half\.safetensors is not a readable"):
-    checkpoint.load_params(path, wrong)
+    initial.load_params(path, wrong)
   with pytest.raises(FileNotFoundError, match="nowhere"):
-    checkpoint.load_params("nowhere.safetensors", wrong)
+    initial.load_params("nowhere.safetensors", wrong)
 
 
 def test_real_questions_hold_the_path(tmp_path):
@@ -220,7 +223,7 @@ def test_golden_supervised_loss_of_the_shipped_start():
   task = tasks.make_task("chain", split="train", **config.task.options)
   model = config_lib.model_config(config, len(task.tokenizer))
   abstract = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
-  params = checkpoint.load_params(config.initial_params, abstract)
+  params = initial.load_params(config.initial_params, abstract)
   optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
   batch = batching.supervised_batch(
     task, np.random.default_rng(10_000), batch_size=64, max_prompt_tokens=18, max_tokens=56,

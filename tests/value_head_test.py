@@ -9,10 +9,15 @@ import pytest
 import tiny_config
 import train
 
-from rredcot_jax import checkpoint, report, sharding, tasks, types, value_head
-from rredcot_jax import config as config_lib
+from rredcot_jax.credit import value_head
+from rredcot_jax.data import tasks
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.ops import types
+from rredcot_jax.parallel import sharding
+from rredcot_jax.report import page
+from rredcot_jax.train import checkpoint
+from rredcot_jax.train import config as config_lib
 
 OPTIMIZER = value_head.make_optimizer(learning_rate=0.05)
 
@@ -69,7 +74,7 @@ def test_a_run_resumes_with_its_critic_bit_for_bit(tmp_path):
   def run(workdir):
     train.claim_workdir(workdir, config, "test", resume=True)
     train.run(config, workdir)
-    lines = report.read_metrics(workdir / "metrics.jsonl")
+    lines = page.read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines]
 
   whole = run(tmp_path / "whole")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rredcot_jax.tasks import verifiers
+from rredcot_jax.data import verifiers
 
 MEGABYTE = 1 << 20
 HOSTILE = {

@@ -18,9 +18,12 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from rredcot_jax import checkpoint, sharding, tasks
-from rredcot_jax import config as config_lib
+from rredcot_jax.data import tasks
 from rredcot_jax.model import decoder, huggingface
+from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import checkpoint
+from rredcot_jax.train import config as config_lib
 
 SOURCE = flags.DEFINE_string("source", None, "A directory, a .gguf file, package:NAME, or a work directory.")
 OUTPUT = flags.DEFINE_string("output", None, "The directory to write.")
@@ -35,7 +38,7 @@ def main(_) -> None:
     params = jax.tree.map(lambda x: x.astype(dtype), params)
   else:
     model, params = huggingface.load(source, dtype=dtype)
-    tokenizer = tasks.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
   huggingface.save(model, params, output, tokenizer=tokenizer)
   print(json.dumps({"output": str(output), "parameters": decoder.num_params(model), "dtype": DTYPE.value}))
 

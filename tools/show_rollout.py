@@ -16,10 +16,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rredcot_jax import assignment, checkpoint, evaluation, report, sharding, tasks, train_step
-from rredcot_jax import config as config_lib
+from rredcot_jax.credit import assignment
+from rredcot_jax.data import batching, judging, tasks
 from rredcot_jax.model import decoder
-from rredcot_jax.tasks import batching
+from rredcot_jax.parallel import sharding
+from rredcot_jax.report import page
+from rredcot_jax.train import checkpoint, initial, trace_records, train_step
+from rredcot_jax.train import config as config_lib
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment; its credit.mode must not be uniform.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Take the parameters from this run's newest checkpoint.")
@@ -48,7 +51,7 @@ def main(_: Any) -> None:
   if WORKDIR.value:
     step, params = checkpoint.restore_run(pathlib.Path(WORKDIR.value), model, mesh, vocab_size=len(tokenizer))
   elif config.initial_params:
-    step, params = 0, checkpoint.start_params(config.initial_params, model, mesh, jax.random.key(config.seed))
+    step, params = 0, initial.start_params(config.initial_params, model, mesh, jax.random.key(config.seed))
   else:
     raise app.UsageError("this configuration starts at random: give --workdir of a trained run")
 
@@ -69,7 +72,7 @@ def main(_: Any) -> None:
   tables = batching.vocab_tables(tokenizer)
   segments = steps.segment(rollout, tables)
   host, host_segments = jax.device_get((rollout, segments))
-  returns = evaluation.returns_of(task, examples, host)
+  returns = judging.returns_of(task, examples, host)
   assigner = assignment.Assigner(task, model, rollout_mesh, **config_lib.assigner_options(config))
   assigned = sharding.on(rollout_mesh, assigner)(
     policy, None, cache, rollout, segments, returns, jax.random.key(config.seed),
@@ -81,14 +84,14 @@ def main(_: Any) -> None:
   rows = []
   for i, return_ in enumerate(returns):
     one = jax.tree.map(lambda x, i=i: x[i], (host, host_segments, credits))
-    rows.append(evaluation.trace_record(step, task, example, *one, return_))
+    rows.append(trace_records.trace_record(step, task, example, *one, return_))
   rows.sort(key=lambda trace: trace["return"], reverse=True)
   shown = rows if COUNT.value >= len(rows) else [*rows[: COUNT.value - 1], rows[-1]]
   for trace in shown:
-    print(report.render_terminal(trace, color=sys.stdout.isatty()))
+    print(page.render_terminal(trace, color=sys.stdout.isatty()))
     print()
   if PICTURE.value:
-    report.credit_figure(shown[-1]).savefig(PICTURE.value, dpi=110)
+    page.credit_figure(shown[-1]).savefig(PICTURE.value, dpi=110)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,11 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from rredcot_jax import compiled as costs
-from rredcot_jax import config as config_lib
-from rredcot_jax import sharding, tasks
-from rredcot_jax.types import check_option
+from rredcot_jax.data import tasks
+from rredcot_jax.ops.types import check_option
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import programs as costs
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x4", "Generation and shape of the slice, such as v5e:8x8.")

@@ -17,8 +17,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rredcot_jax.tasks import THINK_CLOSE, THINK_OPEN
-from rredcot_jax.tasks import reasoning_gym as task
+from rredcot_jax.data import reasoning_gym as task
+from rredcot_jax.data.encoding import THINK_CLOSE, THINK_OPEN
 
 PAD = "<pad>"
 EOS = "<eos>"

@@ -1,1 +1,1 @@
-"""The decoder behind the method: one model file, one attention file, one record of sizes."""
+"""The policy: decoder, sampling, scoring, and the checkpoints of others."""

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from rredcot_jax import sharding
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.parallel import sharding
 
 _QUERY_BLOCK = 128
 _MAX_BLOCKS = 16  # Each is compiled on its own.

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 
-from rredcot_jax import sharding
 from rredcot_jax.model import attention
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.parallel import sharding
 
 Params = Any
 

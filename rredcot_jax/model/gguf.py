@@ -17,7 +17,7 @@ import transformers
 
 from rredcot_jax.model import attention
 from rredcot_jax.model.config import ModelConfig, RopeScaling
-from rredcot_jax.model.huggingface import Fields
+from rredcot_jax.model.source import Fields
 
 _TOP = {
   "token_embd.weight": "model.embed_tokens.weight",

@@ -14,8 +14,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,10 @@ import safetensors
 import safetensors.numpy
 from jax.typing import DTypeLike
 
-from rredcot_jax import sharding
-from rredcot_jax.model import decoder
+from rredcot_jax.model import decoder, gguf
 from rredcot_jax.model.config import ModelConfig, RopeScaling
+from rredcot_jax.model.source import MOST_LAYERS, Fields, Source
+from rredcot_jax.parallel import sharding
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -70,65 +71,6 @@ _SHARD_BYTES = 5 * 10**9
 _STORED = ("F64", "F32", "F16", "BF16")
 # What of a checkpoint belongs to it beside its weights and its config.json.
 _COMPANIONS = ("generation_config.json", "chat_template.jinja")
-# Far above any model, and small enough that a forged config cannot fill the memory before a tensor is looked at.
-_MOST, _MOST_LAYERS = 2**24, 10_000
-
-_T = TypeVar("_T")
-
-
-class Source(Protocol):
-  """Where tensors come from, by their Hugging Face names."""
-
-  def shapes(self) -> Mapping[str, tuple[int, ...]]:
-    """The tensors that are there, each with its shape; no data is read."""
-    ...
-
-  def file(self, name: str) -> pathlib.Path:
-    """The file that holds a tensor, or should: for messages."""
-    ...
-
-  def read(self, name: str) -> np.ndarray:
-    """One tensor, as transformers would hold it."""
-    ...
-
-
-class Fields:
-  """A checkpoint's metadata, checked as it is read: an error names the file and the field."""
-
-  def __init__(self, path: pathlib.Path, values: Mapping[str, Any]):
-    """`values` by name; null counts as absent."""
-    self.path = path
-    self.values = {name: value for name, value in values.items() if value is not None}
-
-  def __getitem__(self, name: str) -> Any:
-    if name not in self.values:
-      raise ValueError(f"{self.path} has no {name!r}.")
-    return self.values[name]
-
-  def integer(self, name: str, default: int | None = None, *, most: int = _MOST) -> int:
-    """A whole number in [1, most], or the default where there is none."""
-    if default is not None and name not in self.values:
-      return default
-    value = self[name]
-    if type(value) is not int or not 1 <= value <= most:  # A bool is an int in Python, and no size.
-      raise ValueError(f"{self.path}: {name}={value!r:.80} must be a whole number from 1 to {most}.")
-    return value
-
-  def number(self, name: str, default: float | None = None) -> float:
-    """A finite number above 0, or the default where there is none."""
-    if default is not None and name not in self.values:
-      return default
-    value = self[name]
-    if type(value) not in (int, float) or not 0 < value < 1e30:
-      raise ValueError(f"{self.path}: {name}={value!r:.80} must be a finite number above 0.")
-    return float(value)
-
-  def build(self, kind: type[_T], /, **values: Any) -> _T:
-    """`kind(**values)`; what it refuses is refused with the file's name."""
-    try:
-      return kind(**values)
-    except ValueError as error:
-      raise ValueError(f"{self.path}: {error}") from error
 
 
 # ---- Reading ---------------------------------------------------------------------------------
@@ -198,8 +140,6 @@ def _put(
 
 def _open(path: pathlib.Path) -> tuple[ModelConfig, Source]:
   if path.suffix == ".gguf":
-    from rredcot_jax.model import gguf
-
     file = gguf.GgufFile(path)
     return file.model_config(), file
   if not path.is_dir():
@@ -327,7 +267,7 @@ def parse_config(path: pathlib.Path) -> ModelConfig:
     ModelConfig,
     vocab_size=fields.integer("vocab_size"),
     width=width,
-    num_layers=fields.integer("num_hidden_layers", most=_MOST_LAYERS),
+    num_layers=fields.integer("num_hidden_layers", most=MOST_LAYERS),
     num_heads=heads,
     # Left out, it means no groups in Llama's config, and in Qwen's a number that has nothing to do with the model.
     num_kv_heads=fields.integer(

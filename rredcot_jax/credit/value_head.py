@@ -1,0 +1,114 @@
+"""A learned critic: one linear read-out of the policy's hidden states, trained on returns.
+
+    V(s_t) = w . h_t + b
+
+h_t is the decoder's final hidden state at the token before t, the one that predicts
+token t, under the policy that sampled. PPO's critic (arXiv 1707.06347) with PPO's
+advantages (`advantages.generalised_advantages`, arXiv 1506.02438). What is our choice [C]:
+
+- The trunk is the policy's and no gradient of the critic enters it. The policy's update is
+  then the same function of its advantages as under every other source of credit, so that a
+  comparison compares credit; and a few hundred parameters are all there is to learn. The
+  price: it can use only what the policy's last layer already holds. A critic of its own
+  trunk is stronger and costs as much as another policy.
+- w starts at 0 and b at a constant: before it has learnt anything, V is that constant at
+  every state, and every advantage but the last token's delta vanishes.
+- Targets are the observed return at every token (lambda = 1): unbiased, and with
+  gamma = 1 and one reward at the end the Monte Carlo return of every state.
+
+Generates nothing; costs one more pass over prompt and trace.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from rredcot_jax.model import decoder
+from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.ops import types
+from rredcot_jax.ops.masked import masked_mean
+
+
+@struct.dataclass
+class ValueHead:
+  """The read-out's parameters."""
+
+  weight: chex.Array  # [D] float32.
+  bias: chex.Array  # [] float32.
+
+
+@struct.dataclass
+class Critic:
+  """All that learning the values changes; part of the train state."""
+
+  head: ValueHead
+  opt_state: optax.OptState
+
+
+def make_optimizer(*, learning_rate: float) -> optax.GradientTransformation:
+  """Adam at a constant rate."""
+  return optax.adam(learning_rate)
+
+
+def init(width: int, optimizer: optax.GradientTransformation, *, initial_value: float) -> Critic:
+  """The critic that values every state at `initial_value`."""
+  head = ValueHead(weight=jnp.zeros(width, jnp.float32), bias=jnp.float32(initial_value))
+  return Critic(head=head, opt_state=optimizer.init(head))
+
+
+def features(params: decoder.Params, config: ModelConfig, rollout: types.Rollout) -> chex.Array:
+  """[B, T, D] float32, h_t of every trace token, without gradient; garbage on padding."""
+  tokens = jnp.concatenate([rollout.prompt_tokens, rollout.tokens], axis=1)
+  mask = jnp.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
+  hidden, _ = decoder.forward(params, config, tokens, mask)
+  width = rollout.prompt_tokens.shape[1]
+  return jax.lax.stop_gradient(hidden[:, width - 1 : -1].astype(jnp.float32))
+
+
+def predict(head: ValueHead, hidden: chex.Array) -> chex.Array:
+  """[...] V of hidden states [..., D]."""
+  return hidden @ head.weight + head.bias
+
+
+def update(
+  critic: Critic,
+  hidden: chex.Array,
+  returns: chex.Array,
+  mask: chex.Array,
+  *,
+  optimizer: optax.GradientTransformation,
+  num_updates: int,
+) -> tuple[Critic, dict[str, chex.Array]]:
+  """Regression of the returns on the hidden states: `num_updates` steps down one batch.
+
+      loss = 1/2 mean_t (V(s_t) - R)^2   over the real tokens of all traces
+
+  Args:
+    critic: before.
+    hidden: [B, T, D], from `features`.
+    returns: [B] float32.
+    mask: [B, T] bool.
+    optimizer, num_updates: static.
+
+  Returns:
+    The critic after, and scalar metrics of the critic before: `critic_loss`, and
+    `critic_explained_variance`, 1 - mean (R - V)^2 / var(R), 0 where all returns agree.
+  """
+  targets = jnp.broadcast_to(returns[:, None], mask.shape)
+  # What is masked may be garbage and must not reach a gradient.
+  hidden = jnp.where(mask[..., None], hidden, 0.0)
+
+  def loss_fn(head: ValueHead) -> chex.Array:
+    return 0.5 * masked_mean((predict(head, hidden) - targets) ** 2, mask)
+
+  def step(critic: Critic, _: None) -> tuple[Critic, chex.Array]:
+    loss, gradient = jax.value_and_grad(loss_fn)(critic.head)
+    updates, opt_state = optimizer.update(gradient, critic.opt_state, critic.head)
+    return Critic(head=optax.apply_updates(critic.head, updates), opt_state=opt_state), loss
+
+  learnt, losses = jax.lax.scan(step, critic, None, length=num_updates)
+  spread = masked_mean((targets - masked_mean(targets, mask)) ** 2, mask)
+  explained = jnp.where(spread > 0, 1 - 2 * losses[0] / jnp.where(spread > 0, spread, 1.0), 0.0)
+  return learnt, {"critic_loss": losses[0], "critic_explained_variance": explained}

@@ -1,0 +1,1 @@
+"""Tasks, corpora, verifiers and batches: text becomes token ids here."""

@@ -1,0 +1,138 @@
+"""Examples -> padded arrays of token ids, and the iterator that deals prompts.
+
+The iterator is Grain's: shuffled anew each epoch from the seed, endless, and
+its state is a small JSON object that a checkpoint carries.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+import transformers
+
+from rredcot_jax.data import chain, encoding, tasks
+from rredcot_jax.ops import banks, segmentation, types
+
+
+def pad(rows: Sequence[Sequence[int]], width: int, *, side: str, pad_id: int, what: str) -> tuple:
+  """Rows of ids as one array and its mask.
+
+  Args:
+    rows: B lists of ids, each at most `width` long.
+    width: columns of the result.
+    side: "left" or "right", where the padding goes.
+    pad_id: what it is.
+    what: names the rows in errors.
+
+  Returns:
+    [B, width] int32 and [B, width] bool.
+
+  Raises:
+    ValueError: if a row does not fit; nothing is cut off silently.
+  """
+  tokens = np.full((len(rows), width), pad_id, np.int32)
+  mask = np.zeros((len(rows), width), bool)
+  for i, row in enumerate(rows):
+    if len(row) > width:
+      raise ValueError(f"{what} {i} has {len(row)} tokens and the room is {width}: raise that limit in the config.")
+    columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+    tokens[i, columns], mask[i, columns] = row, True
+  return tokens, mask
+
+
+def prompt_arrays(task: tasks.Task, examples: Sequence[tasks.Example], width: int) -> tuple:
+  """Left-padded prompts: [B, width] int32 tokens and [B, width] bool mask."""
+  rows = [encoding.prompt_ids(task.tokenizer, example) for example in examples]
+  return pad(rows, width, side="left", pad_id=task.tokenizer.pad_token_id, what="prompt")
+
+
+def prompt_iterator(task: tasks.Task, batch_size: int, seed: int) -> grain.DatasetIterator:
+  """Endless batches of example indices, each epoch shuffled anew.
+
+  A step's batch is a function of (task, batch_size, seed) and of the step alone. Every
+  process deals the whole of it, which costs nothing next to a step, and makes examples
+  of its own rows. The iterator's state is the step, so that a run may go on with
+  another number of processes.
+
+  Args:
+    task: what the indices are of.
+    batch_size: of all processes together.
+    seed: of the shuffling.
+
+  Raises:
+    ValueError: if the task holds fewer examples than a batch.
+  """
+  if len(task) < batch_size:
+    raise ValueError(
+      f"task {task.name!r} yields {len(task)} prompts and a step needs {batch_size}: "
+      "lower rollout.prompts_per_step or enlarge the task."
+    )
+  batches = grain.MapDataset.range(len(task)).shuffle(seed=seed).repeat().batch(batch_size)
+  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def supervised_batch(
+  task: tasks.Task,
+  rng: np.random.Generator,
+  *,
+  batch_size: int,
+  max_prompt_tokens: int,
+  max_tokens: int,
+  wrong_share: float,
+  early_share: float,
+) -> types.TrainBatch:
+  """Traces to imitate: the sloppy teacher's for `chain`, reference solutions elsewhere.
+
+  Args:
+    task: where examples are drawn from, uniformly.
+    rng: all the randomness.
+    batch_size: B.
+    max_prompt_tokens, max_tokens: P and T.
+    wrong_share, early_share: see `chain.teacher_trace`; read for `chain` alone.
+
+  Returns:
+    TrainBatch with numpy fields [B, ...]; what a supervised update does not read is 0.
+  """
+  examples = [task[int(i)] for i in rng.integers(len(task), size=batch_size)]
+  traces = []
+  for example in examples:
+    if isinstance(task, chain.Chain):
+      text = chain.teacher_trace(example, rng, wrong_share=wrong_share, early_share=early_share)
+      thought, _, answer = text.partition(encoding.THINK_CLOSE)
+      example = dataclasses.replace(example, steps=(thought,), answer=answer)
+    steps = [token for step in encoding.solution_ids(task.tokenizer, example) for token in step]
+    traces.append([*steps, *encoding.exit_ids(task.tokenizer), *encoding.answer_ids(task.tokenizer, example)])
+  prompt_tokens, prompt_mask = prompt_arrays(task, examples, max_prompt_tokens)
+  tokens, mask = pad(traces, max_tokens, side="right", pad_id=task.tokenizer.pad_token_id, what="trace")
+  zeros = np.zeros(tokens.shape, np.float32)
+  return types.TrainBatch(
+    prompt_tokens=prompt_tokens,
+    prompt_mask=prompt_mask,
+    tokens=tokens,
+    mask=mask,
+    loss_mask=mask,
+    old_log_probs=zeros,
+    reference_log_probs=zeros,
+    advantages=zeros,
+  )
+
+
+def references(task: tasks.Task, examples: Sequence[tasks.Example]) -> list[banks.Reference]:
+  """Each example's reference solution and answer as token ids, for the banks."""
+  tokenizer = task.tokenizer
+  leave = encoding.exit_ids(tokenizer)
+  return [
+    banks.Reference(encoding.solution_ids(tokenizer, example), leave, encoding.answer_ids(tokenizer, example))
+    for example in examples
+  ]
+
+
+@functools.lru_cache(maxsize=4)
+def vocab_tables(tokenizer: transformers.PreTrainedTokenizerFast) -> segmentation.VocabTables:
+  """Segmentation's view of a vocabulary, made once a tokenizer; each keyword in both spellings that open a word."""
+  spellings = [spelling for word in segmentation.KEYWORDS for spelling in (word, " " + word)]
+  encoded = [tokenizer.encode(s, add_special_tokens=False, split_special_tokens=True) for s in spellings]
+  known = [ids for ids in encoded if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids]
+  return segmentation.vocab_tables(encoding.token_texts(tokenizer), known)

@@ -1,0 +1,569 @@
+"""Corpora on local disk as tasks: rows of (question, solution, answer), as JSONL or Parquet.
+
+Files. Nothing is downloaded. The files of a corpus lie where the user put them,
+as `<data_dir>/<dataset>/<file split>.jsonl` or `.parquet`, or as numbered shards
+such as `train-00000-of-00005.parquet`. `SCHEMAS` has the field names. They are
+written once, as ArrayRecord, by a TFDS builder into a cache whose key holds a
+hash of their contents, so that a changed file is a new cache; the cache may be
+deleted at any time that no run uses it. TensorFlow is not needed.
+
+Splits. "train" and "eval" never share a question, up to white space:
+  - a corpus with files for both: "eval" is all of `eval_file`; "train" is
+    `train_file` without the questions that are also in `eval_file`;
+  - a corpus with one file (`train_file == eval_file`): a hash of its question
+    sends every row to train (three in four) or to eval, as in `reasoning_gym`;
+  - a benchmark: "eval" is all of `eval_file` and there is no "train", unless the
+    user names a `train_file`.
+Nothing keeps a question of one corpus out of another corpus.
+
+Rows. One that cannot be read is an error that names the file and the row, never
+a row less. A row without an answer, or with a gold answer that its own matcher
+gives no full marks, so that no policy could be right, is one too; some corpora
+hold proofs, and `skip_without_answer` leaves such rows out, counted.
+"""
+
+import contextlib
+import dataclasses
+import decimal
+import hashlib
+import io
+import json
+import logging
+import math
+import operator
+import os
+import pathlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+from absl import logging as absl_logging
+
+from rredcot_jax.data import verifiers
+from rredcot_jax.data.encoding import THINK_CLOSE
+from rredcot_jax.data.reasoning_gym import split_of
+from rredcot_jax.data.tasks import Example
+from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.ops import types
+
+TOKENIZER_DIR = pathlib.Path(__file__).parent.parent / "assets" / "gsm_symbolic_tokenizer"
+SPLITS = ("train", "eval")
+
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations, as in `48/2 = <<48/2=24>>24`.
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_FORMATS = (".jsonl", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+  """Where the rows of a corpus hold what a task needs.
+
+  Of several names of one field, the first whose value is not null is read.
+  """
+
+  question: tuple[str, ...]
+  solution: tuple[str, ...]
+  answer: tuple[str, ...] = ()
+  derive: str | None = None  # The answer of a row without an answer field: the solution's last "####" or "boxed".
+  solution_optional: bool = False  # Whether rows without a solution are examples without steps, not errors.
+  train_file: str | None = "train"  # None in a benchmark, which has no split to train on.
+  eval_file: str = "test"
+
+
+SCHEMAS: Mapping[str, Schema] = {
+  # openai/gsm8k. The field `answer` holds the solution and, in its last line, `#### 42`.
+  "gsm8k": Schema(question=("question",), solution=("answer",), derive="####"),
+  # hendrycks/competition_math and its copies: problem, level, type, solution.
+  "math": Schema(question=("problem",), solution=("solution",), answer=("answer",), derive="boxed"),
+  # HuggingFaceH4/MATH-500: problem, solution, answer, subject, level, unique_id.
+  "math500": Schema(question=("problem",), solution=("solution",), answer=("answer",), derive="boxed", train_file=None),
+  # AI-MO/NuminaMath-CoT: source, problem, solution, messages.
+  "numina_math_cot": Schema(question=("problem",), solution=("solution",), derive="boxed"),
+  # knoveleng/open-rs: problem, solution, answer, level; one file.
+  "open_rs": Schema(
+    question=("problem",), solution=("solution",), answer=("answer",), derive="boxed", eval_file="train"
+  ),
+  # AI-MO/aimo-validation-aime and HuggingFaceH4/aime_2024; Maxwell-Jia/AIME_2024 with capitals.
+  "aime": Schema(
+    question=("problem", "Problem", "question"),
+    solution=("solution", "Solution"),
+    answer=("answer", "Answer"),
+    solution_optional=True,
+    train_file=None,
+  ),
+  # math-ai/amc23 and AI-MO/aimo-validation-amc, whose answers are floats.
+  "amc23": Schema(
+    question=("question", "problem"),
+    solution=("solution",),
+    answer=("answer",),
+    solution_optional=True,
+    train_file=None,
+  ),
+  # math-ai/minervamath (question, answer) and knoveleng/Minerva-Math (problem, solution).
+  "minerva": Schema(
+    question=("problem", "question"),
+    solution=("solution",),
+    answer=("answer",),
+    derive="boxed",
+    solution_optional=True,
+    train_file=None,
+  ),
+}
+
+
+class RowWithoutAnswerError(ValueError):
+  """A row that can be read and has no answer that a policy could be rewarded for."""
+
+
+class Dataset:
+  """One split of a corpus on local disk.
+
+  Args:
+    dataset: a name in `SCHEMAS`, such as "gsm8k".
+    split: "train" or "eval"; see the module's docstring for the files behind them.
+    data_dir: the directory that holds `<dataset>/<file split>.jsonl` or `.parquet`.
+    train_file, eval_file: file splits, as in "train" for `train.jsonl`, instead of the
+      schema's. The same name twice divides that file between the two splits.
+    matcher: what compares a final answer with the gold one, a name in
+      `verifiers.VERIFIERS`: "math", "numeric" or "exact".
+    format_weight: share of the reward that is paid for the form of a response; see
+      `verifiers.composite`.
+    skip_without_answer: leaves rows without a usable answer out, logging how many,
+      instead of raising.
+    limit: at most so many examples, the first in the file's order; None for all.
+    cache_dir: where the ArrayRecord files go; `<data_dir>/.tfds` if None.
+    tokenizer_dir: of a tokenizer in Hugging Face's format.
+    chat: whether the tokenizer's chat template wraps the question.
+    instruction: what is asked for beside the question, such as "Put your final answer
+      within \\boxed{}."; a line of its own after every question, "" for none.
+
+  Attributes:
+    counts: rows read for this split, `without_answer` and in the `other_split`.
+
+  Raises:
+    FileNotFoundError: naming what was looked for and what is there.
+    ImportError: on a Parquet file where pyarrow is missing.
+    ValueError: on an unknown name (the nearest is offered), on a row that cannot be
+      read, naming file and row, and on a split that yields no prompt.
+  """
+
+  def __init__(
+    self,
+    dataset: str,
+    *,
+    split: str,
+    data_dir: str | pathlib.Path = "data",
+    train_file: str | None = None,
+    eval_file: str | None = None,
+    matcher: str = "math",
+    format_weight: float = 0.0,
+    skip_without_answer: bool = False,
+    limit: int | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+    tokenizer_dir: str | pathlib.Path = TOKENIZER_DIR,
+    chat: bool = True,
+    instruction: str = "",
+  ):
+    if limit is not None and limit < 1:
+      raise ValueError(f"limit={limit} of {dataset!r} makes a task that yields no prompt.")
+    if not 0.0 <= format_weight < 1.0:
+      raise ValueError(f"format_weight={format_weight} of {dataset!r} is outside [0, 1).")
+    builder = prepare(
+      dataset,
+      split=split,
+      data_dir=data_dir,
+      train_file=train_file,
+      eval_file=eval_file,
+      matcher=matcher,
+      skip_without_answer=skip_without_answer,
+      cache_dir=cache_dir,
+    )
+    self.name = f"dataset/{dataset}"
+    self.tokenizer = load_tokenizer(tokenizer_dir, chat=chat)
+    self.counts: dict[str, int] = dict(builder.info.metadata)
+    self._match = verifiers.VERIFIERS[matcher]
+    self._format_weight = format_weight
+    self._after_question = f"\n{instruction}" if instruction else ""
+    self._source: Sequence[Mapping[str, bytes]] = builder.as_data_source(split=split)
+    self._size = len(self._source) if limit is None else min(limit, len(self._source))
+    if self.counts["without_answer"]:
+      # At every start and not only when the cache is made: a resumed run should say it too.
+      logging.getLogger(__name__).warning(
+        "%s: %d of %d rows behind split %r are left out, having no usable answer.",
+        *(self.name, self.counts["without_answer"], self.counts["rows"], split),
+      )
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index: int) -> Example:
+    """The example at `index`, a function of (files, split, index) and the options alone.
+
+    Its `entry` is `{"source": "train.jsonl, line 3"}`.
+
+    Raises:
+      IndexError: unless 0 <= index < len(self).
+    """
+    index = operator.index(index)
+    if not 0 <= index < self._size:
+      raise IndexError(f"Example {index} of {self.name}, which has {self._size}.")
+    record = {name: value.decode() for name, value in self._source[index].items()}
+    steps = solution_steps(record["solution"])
+    question = record["question"] + self._after_question
+    return Example(question, steps, record["answer"], {"source": record["source"]})
+
+  def reward(self, example: Example, text: str) -> float:
+    """See `Task.reward`."""
+    return verifiers.composite(text, example.answer, match=self._match, format_weight=self._format_weight)
+
+
+def solution_steps(solution: str) -> tuple[str, ...]:
+  """A reference solution's steps, one a line, () if it is blank.
+
+  A step ends with its newline and the blank lines after it; the last one is given
+  a newline if it has none. "".join(steps) is the solution.
+  """
+  steps: list[str] = []
+  blank = ""
+  for line in _LINE.findall(solution if solution.endswith("\n") else solution + "\n"):
+    if line.strip():
+      steps.append(blank + line)
+      blank = ""
+    elif steps:
+      steps[-1] += line
+    else:
+      blank += line
+  return tuple(steps)
+
+
+# ---- Rows --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  path: pathlib.Path
+  where: str  # "line 3" of a JSONL file, "row 3" of a Parquet file; both count from 1.
+  fields: Mapping[str, Any]
+  present: Collection[str]  # Names of all fields in the file's row, those that were not read included.
+
+  def __str__(self) -> str:
+    return f"{self.path}, {self.where}"
+
+
+def _rows(paths: Sequence[str], columns: Collection[str]) -> Iterator[_Row]:
+  """The rows of the files in turn; of Parquet files, `columns` alone are read."""
+  for path in map(pathlib.Path, paths):
+    yield from _parquet_rows(path, columns) if path.suffix == ".parquet" else _jsonl_rows(path)
+
+
+def _jsonl_rows(path: pathlib.Path) -> Iterator[_Row]:
+  with path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      try:
+        # Decoded here: given bytes, json guesses an encoding.
+        fields = json.loads(line.decode("utf-8-sig"))
+      except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: this is no line of JSON: {error}") from error
+      if not isinstance(fields, dict):
+        raise ValueError(f"{path}, line {number}: a row is an object of fields, and this is a {type(fields).__name__}.")
+      yield _Row(path, f"line {number}", fields, fields.keys())
+
+
+def _parquet_rows(path: pathlib.Path, columns: Collection[str]) -> Iterator[_Row]:
+  try:
+    import pyarrow
+    import pyarrow.parquet
+  except ImportError as error:
+    raise ImportError(
+      f"{path} is a Parquet file, which needs pyarrow: `pip install pyarrow`, or convert it to JSONL."
+    ) from error
+  try:
+    with pyarrow.parquet.ParquetFile(path) as file:
+      names = file.schema_arrow.names
+      number = 0
+      for batch in file.iter_batches(batch_size=1024, columns=[name for name in names if name in columns]):
+        for fields in batch.to_pylist():
+          number += 1
+          yield _Row(path, f"row {number}", fields, names)
+  except (pyarrow.ArrowException, OSError) as error:  # A damaged page is an OSError.
+    raise ValueError(f"{path}: this is no Parquet file that can be read: {error}") from error
+
+
+def _parse(schema: Schema, row: _Row, match: Callable[[str, str], float]) -> dict[str, str]:
+  """The texts of a row: question, solution (may be ""), answer and source.
+
+  Raises:
+    RowWithoutAnswerError: if it has none, or one that `match` does not accept as itself.
+    ValueError: if a field is missing or is no text.
+  """
+  question = _question(schema, row)
+  solution, answer = _solution(schema, row), _answer(schema, row)
+  if not answer and schema.derive == "####":
+    solution, answer = _marked_answer(row, _CALCULATOR.sub("", solution))
+  elif not answer and schema.derive == "boxed":
+    answer = verifiers.gold_answer_from_solution(solution) or ""
+    if not answer:
+      raise RowWithoutAnswerError(f"{row}: the row has no answer: its solution has no \\boxed{{...}}.")
+  elif not answer:
+    raise RowWithoutAnswerError(
+      f"{row}: the row has no answer: no value in a field {_either(schema.answer)}; "
+      f"its fields are {', '.join(row.present)}."
+    )
+  if match(THINK_CLOSE + answer, answer) != 1.0:
+    raise RowWithoutAnswerError(
+      f"{row}: the row has no answer that can be rewarded: the matcher rejects its gold answer {answer[:80]!r}."
+    )
+  return {"question": question, "solution": solution, "answer": answer, "source": f"{row.path.name}, {row.where}"}
+
+
+def _question(schema: Schema, row: _Row) -> str:
+  question = _text(row, schema.question)
+  if question is None:
+    raise ValueError(_missing(row, schema.question))
+  if not question.strip():
+    raise ValueError(f"{row}: the question, field {_either(schema.question)}, is empty.")
+  return question
+
+
+def _solution(schema: Schema, row: _Row) -> str:
+  solution = _text(row, schema.solution)
+  if solution is None and not schema.solution_optional:
+    raise ValueError(_missing(row, schema.solution))
+  return solution or ""
+
+
+def _answer(schema: Schema, row: _Row) -> str:
+  return (_text(row, schema.answer, numbers=True) or "").strip()
+
+
+def _marked_answer(row: _Row, solution: str) -> tuple[str, str]:
+  """Splits GSM8K's last line, `#### 42`, off."""
+  body, mark, answer = solution.rpartition("####")
+  answer = answer.strip()
+  if not mark or not answer or "\n" in answer or (body and not body.endswith("\n")):
+    raise RowWithoutAnswerError(f"{row}: the row has no answer: its solution has no last line '#### <answer>'.")
+  return body, answer
+
+
+def _text(row: _Row, names: Sequence[str], *, numbers: bool = False) -> str | None:
+  """The text in the first of the fields that is not null, None where all are."""
+  for name in names:
+    value = row.fields.get(name)
+    if value is None:
+      continue
+    if numbers and isinstance(value, int) and not isinstance(value, bool):
+      return str(value)
+    if numbers and isinstance(value, float | decimal.Decimal):
+      if not math.isfinite(value):
+        raise ValueError(f"{row}: field {name!r} is {value}, which is no answer.")
+      return str(int(value)) if value == int(value) else str(value)
+    if not isinstance(value, str):
+      raise ValueError(f"{row}: field {name!r} is no text: {value!r:.80}.")
+    try:
+      value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair.
+      raise ValueError(f"{row}: field {name!r} is no Unicode text: {error.reason}.") from error
+    return value
+  return None
+
+
+def _missing(row: _Row, names: Sequence[str]) -> str:
+  return f"{row}: no value in a field {_either(names)}; its fields are {', '.join(row.present) or 'none'}."
+
+
+def _either(names: Sequence[str]) -> str:
+  return " or ".join(map(repr, names))
+
+
+def _key(question: str) -> str:
+  """What makes two questions the same one when splits are made."""
+  return " ".join(question.split())
+
+
+# ---- Files -------------------------------------------------------------------------------
+
+
+def source_files(data_dir: str | pathlib.Path, dataset: str, file_split: str) -> tuple[pathlib.Path, ...]:
+  """The files of one file split, shards in order: `train.jsonl`, or `train-00000-of-00005.parquet` and so on.
+
+  Raises:
+    FileNotFoundError: if there is none, naming what was looked for and what is there.
+    ValueError: if it is there in more than one form, so that rows would count twice.
+  """
+  directory = pathlib.Path(data_dir) / dataset
+  # Exactly so: `train_socratic.jsonl`, which comes with GSM8K, is another corpus.
+  shard = re.compile(rf"{re.escape(file_split)}(?P<shard>-\d.*)?(?P<format>\.jsonl|\.parquet)")
+  names = sorted(path.name for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []
+  found = [match for match in map(shard.fullmatch, names) if match]
+  if not found:
+    forms = " or ".join(f"{file_split}{f}" for f in _FORMATS)
+    there = f"holds {', '.join(names[:10]) or 'no file'}" if directory.is_dir() else "does not exist"
+    raise FileNotFoundError(
+      f"No file of the corpus {dataset!r}: looked for {forms}, or shards such as {file_split}-00000-of-00002.parquet, "
+      f"in {directory}, which {there}. Other names: train_file and eval_file."
+    )
+  if len({(match["format"], match["shard"] is None) for match in found}) > 1:
+    raise ValueError(
+      f"The corpus {dataset!r} has its split {file_split!r} more than once in {directory}: "
+      f"{', '.join(match[0] for match in found)}. Keep one form."
+    )
+  return tuple(directory / match[0] for match in found)
+
+
+# ---- The builder -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class CorpusConfig(tfds.core.BuilderConfig):
+  """Everything that the contents of one cache depend on; `name` holds a hash of it."""
+
+  schema: Schema
+  split: str
+  files: tuple[str, ...]
+  held_out: tuple[str, ...]  # Files whose questions are left out.
+  divide: bool  # Whether a row is in only if its hash says `split`.
+  matcher: str
+  skip_without_answer: bool
+
+
+class Corpus(tfds.core.GeneratorBasedBuilder):
+  """One split of a corpus, in the order of its files: question, solution, answer, source."""
+
+  # Raise it whenever a row would be read otherwise than before: caches of other versions are not used.
+  VERSION = tfds.core.Version("1.0.0")
+
+  # No checksums, as nothing is downloaded. TFDS would look for their file with a package that it does not install.
+  url_infos: ClassVar[dict[str, Any]] = {}
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    fields = ("question", "solution", "answer", "source")
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in fields}),
+      metadata=tfds.core.MetadataDict(),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # Nothing is downloaded.
+    return {self.builder_config.split: self._generate_examples()}
+
+  def _generate_examples(self):
+    config: CorpusConfig = self.builder_config
+    schema, match = config.schema, verifiers.VERIFIERS[config.matcher]
+    columns = {*schema.question, *schema.solution, *schema.answer}
+    held_out = {_key(_question(schema, row)) for row in _rows(config.held_out, set(schema.question))}
+    counts = {"rows": 0, "without_answer": 0, "other_split": 0}
+    for number, row in enumerate(_rows(config.files, columns)):
+      counts["rows"] += 1
+      key = _key(_question(schema, row))
+      if key in held_out or (config.divide and split_of(key) != config.split):
+        counts["other_split"] += 1
+        continue
+      try:
+        record = _parse(schema, row, match)
+      except RowWithoutAnswerError:
+        if not config.skip_without_answer:
+          raise
+        counts["without_answer"] += 1
+        continue
+      yield number, record
+    self.info.metadata.update(counts)
+    if counts["rows"] == counts["without_answer"] + counts["other_split"]:
+      raise ValueError(
+        f"A task that yields no prompt for split {config.split!r}: of {counts['rows']} rows in "
+        f"{', '.join(config.files)}, {counts['without_answer']} have no usable answer and {counts['other_split']} "
+        "belong to the other split."
+      )
+
+
+def prepare(
+  dataset: str,
+  *,
+  split: str,
+  data_dir: str | pathlib.Path,
+  train_file: str | None = None,
+  eval_file: str | None = None,
+  matcher: str = "math",
+  skip_without_answer: bool = False,
+  cache_dir: str | pathlib.Path | None = None,
+) -> Corpus:
+  """The TFDS builder of one split, its cache written; `as_data_source(split=split)` reads it.
+
+  Killed half-way, or run by several processes at once, it leaves no half cache: TFDS
+  writes into a directory of its own and renames it, and the first to do so wins.
+
+  Args and raises: see `Dataset`.
+  """
+  types.check_option("dataset", dataset, tuple(SCHEMAS))
+  types.check_option("split", split, SPLITS)
+  types.check_option("matcher", matcher, tuple(verifiers.VERIFIERS))
+  schema = SCHEMAS[dataset]
+  train_file, eval_file = train_file or schema.train_file, eval_file or schema.eval_file
+  file_split = train_file if split == "train" else eval_file
+  if file_split is None:
+    raise ValueError(
+      f"The corpus {dataset!r} is a benchmark and has no split to train on; "
+      f"train_file={eval_file!r} would divide its file between train and eval."
+    )
+  divide = train_file == eval_file
+  held_out = split == "train" and not divide
+  config = CorpusConfig(
+    name="",
+    schema=schema,
+    split=split,
+    files=_paths(data_dir, dataset, file_split),
+    held_out=_paths(data_dir, dataset, eval_file) if held_out else (),
+    divide=divide,
+    matcher=matcher,
+    skip_without_answer=skip_without_answer,
+  )
+  config.name = f"{dataset}-{split}-{_fingerprint(config)}"
+  cache = pathlib.Path(data_dir) / ".tfds" if cache_dir is None else pathlib.Path(cache_dir)
+
+  with _quiet_tfds():
+    builder = Corpus(data_dir=cache, config=config)
+    if not builder.data_path.exists():
+      try:
+        builder.download_and_prepare(
+          file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+      except OSError:
+        # The rename fails where another process has put the same contents in the meantime.
+        if not builder.data_path.exists():
+          raise
+      builder = Corpus(data_dir=cache, config=config)
+  return builder
+
+
+def _paths(data_dir: str | pathlib.Path, dataset: str, file_split: str) -> tuple[str, ...]:
+  return tuple(os.fspath(path) for path in source_files(data_dir, dataset, file_split))
+
+
+def _fingerprint(config: CorpusConfig) -> str:
+  """A hash of the files' names and contents and of how they are read; not of where they lie."""
+  digest = hashlib.blake2b(digest_size=8)
+  read = (config.schema, config.split, config.divide, config.matcher, config.skip_without_answer)
+  digest.update(repr(read).encode())
+  for role, paths in (("files", config.files), ("held_out", config.held_out)):
+    for path in paths:
+      with open(path, "rb") as file:
+        contents = hashlib.file_digest(file, "blake2b").hexdigest()
+      digest.update(repr((role, os.path.basename(path), contents)).encode())
+  return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+  """Without the progress bars, the prints and the absl warnings that tell a user nothing here."""
+  tfds.disable_progress_bar()
+  verbosity = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    absl_logging.set_verbosity(verbosity)

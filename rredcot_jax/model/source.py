@@ -1,0 +1,67 @@
+"""Where a checkpoint's tensors and metadata come from, whatever its format."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+# Far above any model, and small enough that a forged config cannot fill the memory before a tensor is looked at.
+MOST, MOST_LAYERS = 2**24, 10_000
+
+_T = TypeVar("_T")
+
+
+class Source(Protocol):
+  """Where tensors come from, by their Hugging Face names."""
+
+  def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    """The tensors that are there, each with its shape; no data is read."""
+    ...
+
+  def file(self, name: str) -> pathlib.Path:
+    """The file that holds a tensor, or should: for messages."""
+    ...
+
+  def read(self, name: str) -> np.ndarray:
+    """One tensor, as transformers would hold it."""
+    ...
+
+
+class Fields:
+  """A checkpoint's metadata, checked as it is read: an error names the file and the field."""
+
+  def __init__(self, path: pathlib.Path, values: Mapping[str, Any]):
+    """`values` by name; null counts as absent."""
+    self.path = path
+    self.values = {name: value for name, value in values.items() if value is not None}
+
+  def __getitem__(self, name: str) -> Any:
+    if name not in self.values:
+      raise ValueError(f"{self.path} has no {name!r}.")
+    return self.values[name]
+
+  def integer(self, name: str, default: int | None = None, *, most: int = MOST) -> int:
+    """A whole number in [1, most], or the default where there is none."""
+    if default is not None and name not in self.values:
+      return default
+    value = self[name]
+    if type(value) is not int or not 1 <= value <= most:  # A bool is an int in Python, and no size.
+      raise ValueError(f"{self.path}: {name}={value!r:.80} must be a whole number from 1 to {most}.")
+    return value
+
+  def number(self, name: str, default: float | None = None) -> float:
+    """A finite number above 0, or the default where there is none."""
+    if default is not None and name not in self.values:
+      return default
+    value = self[name]
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+      raise ValueError(f"{self.path}: {name}={value!r:.80} must be a finite number above 0.")
+    return float(value)
+
+  def build(self, kind: type[_T], /, **values: Any) -> _T:
+    """`kind(**values)`; what it refuses is refused with the file's name."""
+    try:
+      return kind(**values)
+    except ValueError as error:
+      raise ValueError(f"{self.path}: {error}") from error

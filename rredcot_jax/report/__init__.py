@@ -1,0 +1,1 @@
+"""Pages, figures, terminal output and statistics about runs and traces."""

@@ -1,0 +1,1 @@
+"""Whether credit is right: ground truth, estimators, agreement and the page."""

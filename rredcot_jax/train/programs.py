@@ -1,0 +1,150 @@
+"""The compiled programs of a configuration's training step, without allocating it, and the largest batch that fits."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from rredcot_jax.credit import rules
+from rredcot_jax.model import decoder, sampling
+from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.ops import losses, types
+from rredcot_jax.parallel import sharding
+from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import train_step
+
+REMATS_BY_COST = ("none", "dots", "attention", "full")  # From least computed again to most.
+
+
+def programs(config: ConfigDict, vocab_size: int, devices: Any) -> dict[str, Callable[[], Any]]:
+  """The three programs of a training step, each to be lowered by a call: sample, score, update.
+
+  Nothing is allocated: arguments are shapes with the placement that training gives them.
+
+  Args:
+    config: as experiments/train.py takes it.
+    vocab_size: the tokenizer's.
+    devices: to compile for; they need not be there.
+  """
+  model = config_lib.model_config(config, vocab_size)
+  mesh, rollout_mesh = config_lib.meshes(config, devices)
+  rule = config_lib.credit_rule(config)
+  state, placement = abstract_state(config, model, mesh)
+  whole = jax.eval_shape(lambda params: decoder.rounded(params, model), state.params)
+  policy = _placed(whole, sharding.infer(rollout_mesh, whole))
+  rollout, cache, segments, bank, returns = _abstract_rollout(config, model, rollout_mesh)
+  options = config_lib.sampling_options(config, eos_id=vocab_size - 1, pad_id=vocab_size - 1)
+
+  def sample() -> Any:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(rollout_mesh))
+    with sharding.use(rollout_mesh):
+      return sampling.sample.lower(policy, model, rollout.prompt_tokens, rollout.prompt_mask, key, **options)
+
+  def score() -> Any:
+    assign = lambda params, cache, *rest: rules.assign_credit(params, model, cache, *rest, rule=rule)
+    rows = jax.ShapeDtypeStruct(returns.shape, bool, sharding=returns.sharding)
+    with sharding.use(rollout_mesh):
+      return jax.jit(assign).lower(policy, cache, rollout, segments, bank, returns, rows)
+
+  def update() -> Any:
+    fields = ("prompt_tokens", "prompt_mask", "tokens", "mask")
+    batch = types.TrainBatch(
+      loss_mask=rollout.mask, old_log_probs=rollout.log_probs, reference_log_probs=rollout.log_probs,
+      advantages=rollout.log_probs, **{name: getattr(rollout, name) for name in fields},
+    )  # fmt: skip
+    batch = _placed(batch, jax.tree.map(lambda _: sharding.batch(mesh), batch))
+    loss_options = config_lib.loss_options(config)
+    step = functools.partial(
+      train_step.policy_update, config=model, temperature=rule.temperature,
+      optimizer=train_step.make_optimizer(**config_lib.optimizer_options(config)),
+      loss=functools.partial(losses.policy_loss, **loss_options),
+      weight=functools.partial(losses.loss_weight, loss=config.loss.name, max_length=config.rollout.max_tokens),
+      microbatches=config.compute.microbatches, skip_non_finite=config.loss.non_finite == "skip",
+    )  # fmt: skip
+    out = (placement, sharding.replicated(mesh))
+    with sharding.use(mesh):
+      return jax.jit(step, out_shardings=out, donate_argnums=0).lower(state, batch)
+
+  lowered = {"sample": sample, "score": score, "update": update}
+  return lowered if rule.redistributes and rule.source == "scoring" else {"sample": sample, "update": update}
+
+
+def abstract_state(config: ConfigDict, model: ModelConfig, mesh: Any) -> tuple[Any, Any]:
+  """The train state's shapes with their placement, and the placement."""
+  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
+  state = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
+  placement = sharding.infer(mesh, state)
+  return _placed(state, placement), placement
+
+
+def bytes_a_chip(tree: Any) -> int:
+  """What one device holds of abstract arrays with their placement."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _placed(tree: Any, placement: Any) -> Any:
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placement)
+
+
+def _abstract_rollout(config: ConfigDict, model: ModelConfig, mesh: Any) -> tuple[Any, ...]:
+  rows = config.rollout.prompts_per_step * config.rollout.group_size
+  prompt, room, k = config.rollout.max_prompt_tokens, config.rollout.max_tokens, config.segmentation.k_max
+  by_rows = sharding.batch(mesh)
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=by_rows)
+  rollout = types.Rollout(
+    prompt_tokens=array(jnp.int32, prompt), prompt_mask=array(bool, prompt), tokens=array(jnp.int32, room),
+    mask=array(bool, room), log_probs=array(jnp.float32, room), entropy=array(jnp.float32, room),
+    truncated=array(bool),
+  )  # fmt: skip
+  segments = types.Segments(
+    ends=array(jnp.int32, k), segment_ids=array(jnp.int32, room), num_segments=array(jnp.int32),
+    num_merged=array(jnp.int32),
+  )  # fmt: skip
+  rollouts = config.credit.bank == "rollouts"
+  states = k if rollouts or config.credit.bank == "suffix" else 1
+  each = (states, config.credit.bank_size if rollouts else 1)
+  tokens = (*each, config.credit.max_completion_tokens)
+  bank = types.Completions(
+    tokens=array(jnp.int32, *tokens), mask=array(bool, *tokens), scored=array(bool, *tokens),
+    utilities=array(jnp.float32, *each), log_q=array(jnp.float32, *each), valid=array(bool, *each),
+  )  # fmt: skip
+  shape = (model.num_layers, rows, model.num_kv_heads, prompt + room, model.head_dim)
+  column = jax.ShapeDtypeStruct(shape, jnp.dtype(model.compute.dtype), sharding=sharding.cache(mesh, shape))
+  return rollout, decoder.Cache(key=column, value=column), segments, bank, array(jnp.float32)
+
+
+def search(
+  fits: Callable[[list[str], dict[str, Any]], bool], prompts: int, *, group_size: int, row_parts: int
+) -> dict[str, Any] | None:
+  """The largest batch that fits, and for it the remat policy that computes least again with the fewest microbatches.
+
+  Args:
+    fits: (programs, changes) -> whether they fit; changes are prompts, remat and microbatches.
+    prompts: a step's, to begin with; doubled while sampling and scoring fit, and the update at its smallest.
+    group_size: rows a prompt.
+    row_parts: devices that rows are split over; a microbatch has at least a row for each.
+
+  Returns:
+    The changes, or None if not even the first batch fits.
+  """
+  smallest = lambda prompts: max(prompts * group_size // row_parts, 1)
+  best = None
+  while fits(["sample", "score"], {"prompts": prompts}) and fits(
+    ["update"], {"prompts": prompts, "remat": REMATS_BY_COST[-1], "microbatches": smallest(prompts)}
+  ):
+    best, prompts = prompts, 2 * prompts
+  if best is None:
+    return None
+  for remat in REMATS_BY_COST:
+    microbatches = 1
+    while microbatches <= smallest(best):
+      changes = {"prompts": best, "remat": remat, "microbatches": microbatches}
+      if fits(["update"], changes):
+        return changes
+      microbatches *= 2
+  return None
