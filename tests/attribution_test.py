@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoder_test import FAMILIES, params_of, plain
+from helpers import FAMILIES, params_of, plain
 
 from rredcot_jax import token_advantages
 from rredcot_jax.credit import attribution
@@ -52,6 +52,7 @@ def traces_of(prompts, traces, ends, num_segments, endings, truncated, unscored)
     tokens=tokens,
     mask=mask,
     log_probs=np.zeros(tokens.shape, np.float32),
+    sampler_log_probs=np.zeros(tokens.shape, np.float32),
     entropy=np.zeros(tokens.shape, np.float32),
     truncated=np.array(truncated),
   )

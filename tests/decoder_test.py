@@ -2,61 +2,12 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import FAMILIES, LLAMA, params_of, plain
 
 from rredcot_jax.model import attention, decoder
-from rredcot_jax.model.config import ModelConfig
-
-LLAMA = ModelConfig(vocab_size=11, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24)
-FAMILIES = {
-  "llama": LLAMA,
-  "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, rope_theta=1e6),
-  "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=6, tied_embeddings=False),
-}
-
-
-def params_of(config, seed=0):
-  """Random parameters in which norms and biases are not their trivial selves."""
-  params = decoder.init(config, jax.random.key(seed))
-  keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
-  return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
-
-
-def plain(params, config, tokens):
-  """One unpadded sequence, head by head, in numpy float64."""
-  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-  norm = lambda x, scale: x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * scale
-  half = config.head_dim // 2
-  angle = np.arange(len(tokens))[:, None] * config.rope_theta ** (-np.arange(half) / half)
-
-  def turn(x):
-    a, b = x[:, :half], x[:, half:]
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], 1)
-
-  x = p["embedding"][tokens]
-  for layer in range(config.num_layers):
-    block = {name: value[layer] for name, value in p["blocks"].items()}
-    y, mixed = norm(x, block["attention_norm"]), 0.0
-
-    def project(name, head, y=y, block=block):
-      out = y @ block[name][:, head] + (block[f"{name}_bias"][head] if config.qkv_bias else 0)
-      return norm(out, block[f"{name}_norm"]) if config.qk_norm and name != "value" else out
-
-    for head in range(config.num_heads):
-      group = head // (config.num_heads // config.num_kv_heads)
-      scores = turn(project("query", head)) @ turn(project("key", group)).T / np.sqrt(config.head_dim)
-      scores[np.triu_indices(len(tokens), 1)] = -np.inf
-      weights = np.exp(scores - scores.max(-1, keepdims=True))
-      weights /= weights.sum(-1, keepdims=True)
-      mixed = mixed + weights @ project("value", group) @ block["out"][head]
-    x = x + mixed
-    y = norm(x, block["mlp_norm"])
-    gate = y @ block["gate"]
-    x = x + (gate / (1 + np.exp(-gate)) * (y @ block["up"])) @ block["down"]
-  return norm(x, p["final_norm"]) @ p["embedding" if config.tied_embeddings else "head"].T
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import killed_run
 import numpy as np
 import pytest
-import sharding_test
 import tiny_config
 import train
-from train_test import run, saved_params, untimed
+from helpers import UPDATES, make_batch, make_state, run, saved_params, untimed
 
 from rredcot_jax.report import page
 from rredcot_jax.train import checkpoint
@@ -146,8 +145,8 @@ def test_a_run_goes_on_without_a_checkpoint_and_without_a_step(tmp_path, monkeyp
 
 
 def test_a_skipped_step_changes_nothing():
-  update = functools.partial(sharding_test.UPDATES["policy"], skip_non_finite=True)
-  state, batch = sharding_test.make_state(), sharding_test.make_batch()
+  update = functools.partial(UPDATES["policy"], skip_non_finite=True)
+  state, batch = make_state(), make_batch()
   first, metrics = jax.jit(update)(state, batch)
   assert metrics["skipped"] == 0.0 and first.step == 1
   skipped, metrics = jax.jit(update)(

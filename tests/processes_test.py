@@ -18,7 +18,7 @@ import numpy as np
 import process_run
 import pytest
 import train
-from train_test import run, saved_params, untimed
+from helpers import run, saved_params, untimed
 
 from rredcot_jax.data.chain import Chain
 from rredcot_jax.parallel import processes, sharding
@@ -117,7 +117,7 @@ def test_two_processes_equal_one_across_a_kill_a_sigterm_and_other_layouts(tmp_p
   assert saved_steps(workdir)[-1] == 3
 
   # The disk of one is full when step 4 is saved: it says so and ends at once, the other when JAX misses it.
-  ends = run_processes(workdir, [("-", "-"), ("FULL", "1")], {"mesh.data": 4, "processes.heartbeat_seconds": 10})
+  ends = run_processes(workdir, [("-", "-"), ("FULL", "1")], {"mesh.data": 4, "distributed.heartbeat_seconds": 10})
   (status, text, seconds), (own_status, own_text, _) = ends
   assert own_status == 1 and "checkpoint 4 could not be written by process 1 (File too large)" in own_text, own_text
   assert status == processes.LOST or (status == -signal.SIGABRT and "another task died" in text), text[-3000:]

@@ -8,10 +8,10 @@ import time
 import pytest
 import tokenizers
 import transformers
+from helpers import HOSTILE
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
-from verifiers_test import HOSTILE
 
 from rredcot_jax.data import encoding, reasoning_gym, tasks
 from rredcot_jax.model.tokenizer import load_tokenizer

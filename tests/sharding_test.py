@@ -1,6 +1,5 @@
 """Placement by name, and the two updates on every kind of mesh against one device."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,62 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import IN_CHUNKS, UPDATE_MODEL, UPDATES, make_batch, make_state
 from jax.sharding import PartitionSpec as P
 
 from rredcot_jax.cost import hlo
 from rredcot_jax.model import decoder, sampling, scoring
-from rredcot_jax.model.config import Compute, ModelConfig
-from rredcot_jax.ops import losses, types
+from rredcot_jax.ops import types
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train import train_step
 
-CONFIG = ModelConfig(
-  vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, qkv_bias=True,
-  tied_embeddings=False,
-)  # fmt: skip
 MESHES = [
   {"data": 2, "fsdp": 2},
   {"data": 1, "fsdp": 2, "tensor": 2},
   {"data": 1, "fsdp": 2, "sequence": 2},
 ]
-# Plain descent: Adam divides by the gradient's size, which would blow rounding up to the step's.
-OPTIMIZER = optax.sgd(0.1, momentum=0.9)
-
-
-@functools.cache
-def make_state():
-  return train_step.init_state(decoder.init(CONFIG, jax.random.key(0)), OPTIMIZER)
-
-
-def make_batch():
-  rng = np.random.default_rng(0)
-  prompt_mask = np.arange(3) >= np.array([0, 2, 1, 0])[:, None]
-  mask = np.arange(6) < np.array([6, 2, 5, 3])[:, None]
-  noise = lambda: rng.normal(size=(4, 6)).astype(np.float32) * mask
-  return types.TrainBatch(
-    prompt_tokens=rng.integers(0, 16, (4, 3)).astype(np.int32),
-    prompt_mask=prompt_mask,
-    tokens=rng.integers(0, 16, (4, 6)).astype(np.int32),
-    mask=mask,
-    loss_mask=mask & (np.arange(6) != 1),
-    old_log_probs=-2.5 * mask + 0.1 * noise(),
-    reference_log_probs=-2.5 * mask + 0.1 * noise(),
-    advantages=noise(),
-  )
-
-
-UPDATES = {
-  "supervised": functools.partial(train_step.supervised_update, config=CONFIG, optimizer=OPTIMIZER),
-  "policy": functools.partial(
-    train_step.policy_update,
-    config=CONFIG,
-    optimizer=OPTIMIZER,
-    temperature=0.8,
-    loss=functools.partial(losses.policy_loss, loss="dapo", kl="k3", kl_coefficient=0.1),
-  ),
-}
-IN_CHUNKS = {chunk: dataclasses.replace(CONFIG, compute=Compute(log_prob_chunk=chunk)) for chunk in (1, 2, 4)}
-UPDATES["policy in chunks"] = functools.partial(UPDATES["policy"], config=IN_CHUNKS[4])  # The last of them is padded.
 
 
 @functools.cache
@@ -110,12 +67,14 @@ def test_the_head_is_gathered_once_whatever_the_number_of_chunks(axes):
       counts = hlo.count(step.lower(state, batch).compile().as_text())
     return sum(counts.collective_bytes.values())
 
-  assert abs(sent(1) - sent(4)) < CONFIG.vocab_size * CONFIG.width * 4, (sent(1), sent(4))
+  assert abs(sent(1) - sent(4)) < UPDATE_MODEL.vocab_size * UPDATE_MODEL.width * 4, (sent(1), sent(4))
 
 
 def test_parameters_and_their_moments_are_placed_by_name():
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
-  state = jax.eval_shape(lambda: train_step.init_state(decoder.init(CONFIG, jax.random.key(0)), optax.adamw(1e-3)))
+  state = jax.eval_shape(
+    lambda: train_step.init_state(decoder.init(UPDATE_MODEL, jax.random.key(0)), optax.adamw(1e-3))
+  )
   placed = sharding.infer(mesh, state)
   for tree in (placed.params, placed.opt_state[0].mu, placed.opt_state[0].nu):
     blocks = {name: leaf.spec for name, leaf in tree["blocks"].items()}
@@ -162,7 +121,7 @@ def test_data_takes_the_devices_that_are_left():
 
 def test_parameters_split_over_the_sequence_axis_too():
   mesh = sharding.make_mesh(data=1, fsdp=2, sequence=2)
-  placed = sharding.infer(mesh, jax.eval_shape(lambda: decoder.init(CONFIG, jax.random.key(0))))
+  placed = sharding.infer(mesh, jax.eval_shape(lambda: decoder.init(UPDATE_MODEL, jax.random.key(0))))
   assert placed["blocks"]["gate"].spec == P(None, ("fsdp", "sequence"), "tensor")
   assert placed["embedding"].spec == P("tensor", ("fsdp", "sequence"))
 
@@ -214,9 +173,9 @@ def rolled_out(axes):
     prompts, prompt_mask, segments, bank = sharding.put_batch(mesh, (prompts, prompt_mask, segments, bank))
   with sharding.use(mesh):
     rollout, cache = sampling.sample(
-      params, CONFIG, prompts, prompt_mask, jax.random.key(0), max_tokens=9, eos_id=-1, pad_id=0
+      params, UPDATE_MODEL, prompts, prompt_mask, jax.random.key(0), max_tokens=9, eos_id=-1, pad_id=0
     )
-    score = functools.partial(scoring.score_with_cache, config=CONFIG, temperature=1.0, chunk_size=3)
+    score = functools.partial(scoring.score_with_cache, config=UPDATE_MODEL, temperature=1.0, chunk_size=3)
     scores = jax.jit(score)(params, cache=cache, rollout=rollout, segments=segments, completions=bank)
   return rollout, scores, cache.key.addressable_shards[0].data.shape
 

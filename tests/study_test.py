@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from decoder_test import FAMILIES, params_of
+from helpers import FAMILIES, params_of
 
 from rredcot_jax.cost import flops
 from rredcot_jax.credit import monte_carlo
@@ -111,7 +111,7 @@ def traces_of_groups():
   mask = jnp.asarray(np.arange(6) < np.array([6, 3, 5, 6])[:, None])
   zeros = jnp.zeros((4, 6), jnp.float32)
   return types.Rollout(
-    prompt_tokens=ids(4, 3), prompt_mask=jnp.ones((4, 3), bool), tokens=ids(4, 6), mask=mask, log_probs=zeros,
+    prompt_tokens=ids(4, 3), prompt_mask=jnp.ones((4, 3), bool), tokens=ids(4, 6), mask=mask, log_probs=zeros, sampler_log_probs=zeros,
     entropy=zeros, truncated=jnp.zeros(4, bool),
   )  # fmt: skip
 
@@ -171,7 +171,7 @@ def traces_with(texts, examples, task, returns):
     num_segments=(newline.sum(axis=1) + 1).astype(np.int32), num_merged=np.zeros(len(texts), np.int32),
   )  # fmt: skip
   zeros = np.zeros(tokens.shape, np.float32)
-  rollout = types.Rollout(tokens[:, :1], mask[:, :1], tokens, mask, zeros, zeros, np.zeros(len(texts), bool))
+  rollout = types.Rollout(tokens[:, :1], mask[:, :1], tokens, mask, zeros, zeros, zeros, np.zeros(len(texts), bool))
   return estimators.Traces(rollout, None, segments, np.array(returns, np.float32), examples)
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import tiny_config
 import train
+from helpers import run, untimed
 
 from rredcot_jax.data import batching, tasks
 from rredcot_jax.model import decoder, sampling
 from rredcot_jax.ops import losses
-from rredcot_jax.parallel import sharding
 from rredcot_jax.report import page
-from rredcot_jax.train import checkpoint, initial, train_step
 from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import initial, train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,32 +28,6 @@ def load_config(name: str, arg: str):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config(arg)
-
-
-def run(config, workdir):
-  config_lib.validate(config)
-  train.claim_workdir(workdir, config, "test", resume=True)
-  train.run(config, workdir)
-  return workdir
-
-
-def untimed(workdir):
-  lines = page.read_metrics(workdir / "metrics.jsonl")
-  return [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines]
-
-
-def saved_params(workdir, step, config=None):
-  config = config or tiny_config.get_config()
-  model = config_lib.model_config(config, len(tasks.make_task("chain", split="train").tokenizer))
-  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
-  state = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
-  placement = sharding.infer(sharding.make_mesh(), state)
-  state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placement)
-  saver = checkpoint.Checkpointer(workdir / "checkpoints", keep=2)
-  at, state, data = saver.restore_latest(state)
-  saver.close()
-  assert at == step
-  return jax.device_get(state), data
 
 
 @pytest.fixture(scope="module")

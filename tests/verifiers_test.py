@@ -9,29 +9,11 @@ import time
 from unittest import mock
 
 import pytest
+from helpers import HOSTILE, MEGABYTE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rredcot_jax.data import verifiers
-
-MEGABYTE = 1 << 20
-HOSTILE = {
-  "braces": "{" * MEGABYTE,
-  "nested": "[" * MEGABYTE + "]" * MEGABYTE,
-  "power": "9**9**9**9",
-  "null": "\0" * MEGABYTE,
-  "closes": "</think>" * (MEGABYTE // 8),
-  "almost closes": "</think" * (MEGABYTE // 7),
-  "digits": "9" * MEGABYTE,
-  "commas": "1," * MEGABYTE,
-  "exponent": "1e999999999",
-  "negative exponent": "1e-999999999",
-  "spaces": " " * MEGABYTE + "x",
-  "surrogates": "\ud800" * 100,
-  "code": "__import__('os').getpid()",
-  "not a number": "sNaN",
-  "infinity": "inf",
-}
 
 
 @pytest.mark.parametrize(

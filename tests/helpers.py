@@ -1,0 +1,165 @@
+"""What several test files share: hostile texts, a small decoder and its numpy twin, updates to compare, short runs."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import tiny_config
+import train
+
+from rredcot_jax.data import tasks
+from rredcot_jax.model import decoder
+from rredcot_jax.model.config import Compute, ModelConfig
+from rredcot_jax.ops import losses, types
+from rredcot_jax.parallel import sharding
+from rredcot_jax.report import page
+from rredcot_jax.train import checkpoint, train_step
+from rredcot_jax.train import config as config_lib
+
+# ---- Hostile texts ---------------------------------------------------------------------------
+
+MEGABYTE = 1 << 20
+HOSTILE = {
+  "braces": "{" * MEGABYTE,
+  "nested": "[" * MEGABYTE + "]" * MEGABYTE,
+  "power": "9**9**9**9",
+  "null": "\0" * MEGABYTE,
+  "closes": "</think>" * (MEGABYTE // 8),
+  "almost closes": "</think" * (MEGABYTE // 7),
+  "digits": "9" * MEGABYTE,
+  "commas": "1," * MEGABYTE,
+  "exponent": "1e999999999",
+  "negative exponent": "1e-999999999",
+  "spaces": " " * MEGABYTE + "x",
+  "surrogates": "\ud800" * 100,
+  "code": "__import__('os').getpid()",
+  "not a number": "sNaN",
+  "infinity": "inf",
+}
+
+# ---- A small decoder, and the same in numpy -------------------------------------------------
+
+LLAMA = ModelConfig(vocab_size=11, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24)
+FAMILIES = {
+  "llama": LLAMA,
+  "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, rope_theta=1e6),
+  "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=6, tied_embeddings=False),
+}
+
+
+def params_of(config, seed=0):
+  """Random parameters in which norms and biases are not their trivial selves."""
+  params = decoder.init(config, jax.random.key(seed))
+  keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
+  return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+
+
+def plain(params, config, tokens):
+  """One unpadded sequence, head by head, in numpy float64."""
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  norm = lambda x, scale: x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * scale
+  half = config.head_dim // 2
+  angle = np.arange(len(tokens))[:, None] * config.rope_theta ** (-np.arange(half) / half)
+
+  def turn(x):
+    a, b = x[:, :half], x[:, half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], 1)
+
+  x = p["embedding"][tokens]
+  for layer in range(config.num_layers):
+    block = {name: value[layer] for name, value in p["blocks"].items()}
+    y, mixed = norm(x, block["attention_norm"]), 0.0
+
+    def project(name, head, y=y, block=block):
+      out = y @ block[name][:, head] + (block[f"{name}_bias"][head] if config.qkv_bias else 0)
+      return norm(out, block[f"{name}_norm"]) if config.qk_norm and name != "value" else out
+
+    for head in range(config.num_heads):
+      group = head // (config.num_heads // config.num_kv_heads)
+      scores = turn(project("query", head)) @ turn(project("key", group)).T / np.sqrt(config.head_dim)
+      scores[np.triu_indices(len(tokens), 1)] = -np.inf
+      weights = np.exp(scores - scores.max(-1, keepdims=True))
+      weights /= weights.sum(-1, keepdims=True)
+      mixed = mixed + weights @ project("value", group) @ block["out"][head]
+    x = x + mixed
+    y = norm(x, block["mlp_norm"])
+    gate = y @ block["gate"]
+    x = x + (gate / (1 + np.exp(-gate)) * (y @ block["up"])) @ block["down"]
+  return norm(x, p["final_norm"]) @ p["embedding" if config.tied_embeddings else "head"].T
+
+
+# ---- Updates ---------------------------------------------------------------------------------
+
+UPDATE_MODEL = ModelConfig(
+  vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, qkv_bias=True,
+  tied_embeddings=False,
+)  # fmt: skip
+# Plain descent: Adam divides by the gradient's size, which would blow rounding up to the step's.
+DESCENT = optax.sgd(0.1, momentum=0.9)
+
+
+@functools.cache
+def make_state():
+  return train_step.init_state(decoder.init(UPDATE_MODEL, jax.random.key(0)), DESCENT)
+
+
+def make_batch():
+  rng = np.random.default_rng(0)
+  prompt_mask = np.arange(3) >= np.array([0, 2, 1, 0])[:, None]
+  mask = np.arange(6) < np.array([6, 2, 5, 3])[:, None]
+  noise = lambda: rng.normal(size=(4, 6)).astype(np.float32) * mask
+  return types.TrainBatch(
+    prompt_tokens=rng.integers(0, 16, (4, 3)).astype(np.int32),
+    prompt_mask=prompt_mask,
+    tokens=rng.integers(0, 16, (4, 6)).astype(np.int32),
+    mask=mask,
+    loss_mask=mask & (np.arange(6) != 1),
+    old_log_probs=-2.5 * mask + 0.1 * noise(),
+    reference_log_probs=-2.5 * mask + 0.1 * noise(),
+    advantages=noise(),
+  )
+
+
+UPDATES = {
+  "supervised": functools.partial(train_step.supervised_update, config=UPDATE_MODEL, optimizer=DESCENT),
+  "policy": functools.partial(
+    train_step.policy_update,
+    config=UPDATE_MODEL,
+    optimizer=DESCENT,
+    temperature=0.8,
+    loss=functools.partial(losses.policy_loss, loss="dapo", kl="k3", kl_coefficient=0.1),
+  ),
+}
+IN_CHUNKS = {chunk: dataclasses.replace(UPDATE_MODEL, compute=Compute(log_prob_chunk=chunk)) for chunk in (1, 2, 4)}
+UPDATES["policy in chunks"] = functools.partial(UPDATES["policy"], config=IN_CHUNKS[4])  # The last of them is padded.
+
+
+# ---- Short runs ------------------------------------------------------------------------------
+
+
+def run(config, workdir):
+  config_lib.validate(config)
+  train.claim_workdir(workdir, config, "test", resume=True)
+  train.run(config, workdir)
+  return workdir
+
+
+def untimed(workdir):
+  lines = page.read_metrics(workdir / "metrics.jsonl")
+  return [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines]
+
+
+def saved_params(workdir, step, config=None):
+  config = config or tiny_config.get_config()
+  model = config_lib.model_config(config, len(tasks.make_task("chain", split="train").tokenizer))
+  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
+  state = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
+  placement = sharding.infer(sharding.make_mesh(), state)
+  state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placement)
+  saver = checkpoint.Checkpointer(workdir / "checkpoints", keep=2)
+  at, state, data = saver.restore_latest(state)
+  saver.close()
+  assert at == step
+  return jax.device_get(state), data
