@@ -40,7 +40,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
 from rredcot_jax.data import tasks
-from rredcot_jax.ops.types import check_option
+from rredcot_jax.ops.names import check_option
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train import config as config_lib
 from rredcot_jax.train import programs as costs

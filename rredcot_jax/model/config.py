@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from rredcot_jax.ops.types import check_option
+from rredcot_jax.ops.names import check_option
 
 DTYPES = ("float32", "bfloat16")
 REMATS = ("dots", "none", "attention", "full")

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.ops.types import check_option
+from rredcot_jax.ops.names import check_option
 from rredcot_jax.parallel import processes, sharding
 from rredcot_jax.train import config as config_lib
 from rredcot_jax.train import train_step
