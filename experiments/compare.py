@@ -13,7 +13,6 @@ JSON object holds the final accuracies and each method's best.
 
 import importlib.util
 import json
-import os
 import pathlib
 import time
 from typing import Any
@@ -25,7 +24,7 @@ from ml_collections import ConfigDict
 from rredcot_jax.data import tasks
 from rredcot_jax.model import decoder
 from rredcot_jax.ops import types
-from rredcot_jax.report import comparison, page
+from rredcot_jax.report import comparison, files, page
 from rredcot_jax.train import config as config_lib
 
 FILE = flags.DEFINE_string("comparison", "configs/chain_comparison.py", "A file with METHODS and get_config(arg).")
@@ -119,9 +118,7 @@ def write_figures(module: Any, root: pathlib.Path) -> dict[str, Any]:
     "learning_rates": rates,
     "flops": "2 x parameters x token-forwards, of sampling, credit and updates; a backward pass counts as two",
   }
-  temporary = root / "comparison.json.tmp"
-  temporary.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-  os.replace(temporary, root / "comparison.json")
+  files.write_whole(root / "comparison.json", json.dumps(figures, indent=1))
 
   ours = [name for name in runs if name.startswith("rredcot")]
   others = [name for name in runs if name not in ours and name != "grpo"]

@@ -11,7 +11,6 @@ tensorboard/, traces.jsonl, checkpoints/ and page.html there.
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import shlex
 import sys
@@ -29,7 +28,7 @@ from rredcot_jax.data import batching, judging, tasks
 from rredcot_jax.model import decoder
 from rredcot_jax.ops import losses, types
 from rredcot_jax.parallel import processes, sharding
-from rredcot_jax.report import page
+from rredcot_jax.report import files, page
 from rredcot_jax.train import checkpoint, evaluation, initial, metrics, trace_records, train_step
 from rredcot_jax.train import config as config_lib
 
@@ -253,9 +252,7 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, command: str, *, re
     return
   if processes.is_main():
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name("config.json.tmp")
-    temporary.write_text(json.dumps({"command": command, "config": wanted}, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_whole(path, json.dumps({"command": command, "config": wanted}, indent=1))
 
 
 def needs_evaluation(config: ConfigDict, workdir: pathlib.Path, step: int, resumed: bool) -> bool:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from rredcot_jax.model import decoder, huggingface
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.parallel import sharding
+from rredcot_jax.report import files
 
 _SEPARATOR = "/"
 
@@ -57,10 +58,8 @@ def save_params(params: Any, path: str | os.PathLike) -> None:
   """Writes a parameter tree as one safetensors file, atomically; names are paths, "blocks/query"."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   flat = {_SEPARATOR.join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in leaves}
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + ".tmp")
-  safetensors.numpy.save_file(flat, temporary)
-  os.replace(temporary, path)
+  with files.replacing(path) as temporary:
+    safetensors.numpy.save_file(flat, temporary)
 
 
 def load_params(path: str | os.PathLike, abstract_params: Any) -> Any:
