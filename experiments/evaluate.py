@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from rredcot_jax.data import tasks
 from rredcot_jax.parallel import processes
-from rredcot_jax.report import statistics
+from rredcot_jax.report import files, statistics
 from rredcot_jax.train import checkpoint, evaluation, initial, train_step
 from rredcot_jax.train import config as config_lib
 
@@ -110,7 +110,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
   # ---- Figures -----------------------------------------------------------------------------
   figures = summarise(judged, num_prompts, samples)
   if processes.is_main():
-    write_atomically(output, json.dumps({"settings": settings, **figures}, indent=1) + "\n")
+    files.write_whole(output, json.dumps({"settings": settings, **figures}, indent=1) + "\n")
   return figures
 
 
@@ -138,7 +138,7 @@ def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluatio
   # Nobody writes before everybody has read.
   processes.barrier("read the traces")
   if processes.is_main():
-    write_atomically(path, "".join(line + "\n" for line in kept))
+    files.write_whole(path, "".join(line + "\n" for line in kept))
   return judged
 
 
@@ -181,12 +181,6 @@ def print_table(figures: dict[str, Any]) -> None:
     f"{figures['prompts']} prompts x {figures['samples']} samples, {figures['length']:.1f} tokens on average, "
     f"{100 * figures['truncated']:.1f}% truncated, {100 * figures['answered']:.1f}% answered"
   )
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)
 
 
 if __name__ == "__main__":

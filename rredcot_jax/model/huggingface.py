@@ -28,6 +28,7 @@ from rredcot_jax.model import decoder, gguf
 from rredcot_jax.model.config import ModelConfig, RopeScaling
 from rredcot_jax.model.source import MOST_LAYERS, Fields, Source
 from rredcot_jax.parallel import sharding
+from rredcot_jax.report import files
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -376,10 +377,11 @@ def save(
       sizes.append(0)
     shards[-1].append(name)
     sizes[-1] += size
-  files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-  for file, names in zip(files, shards):
+  shard_files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+  for file, names in zip(shard_files, shards):
     tensors = {name: _to_hf(*flat[name]) for name in names}
-    safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+    with files.replacing(directory / file) as temporary:
+      safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
   _write_json(directory / "config.json", described)
   if companions is not None and pathlib.Path(companions).resolve() != directory.resolve():
     for name in _COMPANIONS:
@@ -387,7 +389,7 @@ def save(
         shutil.copyfile(pathlib.Path(companions) / name, directory / name)
   if tokenizer is not None:
     tokenizer.save_pretrained(directory)
-  where = {name: file for file, names in zip(files, shards) for name in names}
+  where = {name: file for file, names in zip(shard_files, shards) for name in names}
   _write_json(directory / _INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": where})
 
 
@@ -449,9 +451,7 @@ def _taken_over(path: pathlib.Path, config: ModelConfig, described: dict[str, An
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-  os.replace(temporary, path)
+  files.write_whole(path, json.dumps(value, indent=1))
 
 
 # ---- Names -----------------------------------------------------------------------------------

@@ -26,10 +26,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
   """
   path = Path(path)
   temporary = path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}.tmp")
-  with open(temporary, "xb"):  # Made here, so that its bits are those of `open` whatever the writer does.
-    pass
+  with open(temporary, "xb") as file:
+    mode = os.fstat(file.fileno()).st_mode
   try:
     yield temporary
+    os.chmod(temporary, mode)  # A writer may have put a private file in its place, as safetensors does.
     with open(temporary, "rb") as file:
       os.fsync(file.fileno())
     os.replace(temporary, path)

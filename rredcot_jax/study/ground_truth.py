@@ -8,7 +8,6 @@ the round it was in.
 """
 
 import dataclasses
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from rredcot_jax.credit import monte_carlo
 from rredcot_jax.data import batching, chain, encoding, judging, tasks, verifiers
 from rredcot_jax.ops import types
+from rredcot_jax.report import files
 from rredcot_jax.study import estimators
 
 
@@ -177,10 +177,8 @@ def _segments(traces: estimators.Traces, chunk: list[tuple[int, dict[int, int]]]
 
 def _write(path: pathlib.Path, layout: np.ndarray, values: monte_carlo.MonteCarloValues) -> None:
   """Whole or not at all: a killed study must not leave half a file to read."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "wb") as file:
+  with files.replacing(path) as temporary, open(temporary, "wb") as file:
     np.savez_compressed(file, layout=layout, **dataclasses.asdict(values))
-  os.replace(temporary, path)
 
 
 def _read(path: pathlib.Path, layout: np.ndarray) -> monte_carlo.MonteCarloValues | None:

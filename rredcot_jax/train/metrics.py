@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import tensorboardX
 
+from rredcot_jax.report import files
+
 
 class MetricsWriter:
   """Appends to `metrics.jsonl` (and TensorBoard) in a work directory."""
@@ -76,6 +78,4 @@ def drop_lines_after(path: str | os.PathLike, step: int) -> None:
         kept.append(line + "\n")
     except (ValueError, KeyError, TypeError):
       continue
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text("".join(kept), encoding="utf-8")
-  os.replace(temporary, path)
+  files.write_whole(path, "".join(kept))
