@@ -65,7 +65,7 @@ def trace_of(config: ModelConfig, t: int, states: int) -> tuple[types.Rollout, t
   zeros = jnp.zeros((1, t), jnp.float32)
   rollout = types.Rollout(
     prompt_tokens=ids(1, _PROMPT), prompt_mask=jnp.ones((1, _PROMPT), bool), tokens=ids(1, t),
-    mask=jnp.ones((1, t), bool), log_probs=zeros, entropy=zeros, truncated=jnp.ones(1, bool),
+    mask=jnp.ones((1, t), bool), log_probs=zeros, sampler_log_probs=zeros, entropy=zeros, truncated=jnp.ones(1, bool),
   )  # fmt: skip
   ends = jnp.arange(1, states + 1, dtype=jnp.int32)[None] * t // states
   ids_of_segments = jnp.asarray(np.searchsorted(np.asarray(ends)[0], np.arange(t), side="right"), jnp.int32)[None]

@@ -42,7 +42,7 @@ def make_case(t: int) -> tuple[types.Rollout, types.Segments, types.Completions]
   zeros = jnp.zeros((1, t), jnp.float32)
   rollout = types.Rollout(
     prompt_tokens=ids(1, PROMPT), prompt_mask=yes(1, PROMPT), tokens=ids(1, t), mask=yes(1, t), log_probs=zeros,
-    entropy=zeros, truncated=jnp.zeros(1, bool),
+    sampler_log_probs=zeros, entropy=zeros, truncated=jnp.zeros(1, bool),
   )  # fmt: skip
   ends = jnp.arange(1, STATES + 1, dtype=jnp.int32)[None] * (t // STATES)
   segments = types.Segments(

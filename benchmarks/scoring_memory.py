@@ -31,7 +31,8 @@ def temporaries(t: int, states: int, completions: int, chunk: int) -> int:
   array = lambda dtype, *shape: jax.ShapeDtypeStruct((1, *shape), dtype)
   rollout = types.Rollout(
     prompt_tokens=array(jnp.int32, PROMPT), prompt_mask=array(bool, PROMPT), tokens=array(jnp.int32, t),
-    mask=array(bool, t), log_probs=array(jnp.float32, t), entropy=array(jnp.float32, t), truncated=array(bool),
+    mask=array(bool, t), log_probs=array(jnp.float32, t),
+    sampler_log_probs=array(jnp.float32, t), entropy=array(jnp.float32, t), truncated=array(bool),
   )  # fmt: skip
   segments = types.Segments(
     ends=array(jnp.int32, states), segment_ids=array(jnp.int32, t), num_segments=array(jnp.int32),

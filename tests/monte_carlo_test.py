@@ -67,7 +67,9 @@ def test_the_case_is_ragged():
   assert len(set(np.asarray(segments.num_segments).tolist())) > 1
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 10, "top_p": 0.9}, {"max_tokens": T + 3}])
+@pytest.mark.parametrize(
+  "options", [{}, {"temperature": 0.7, "top_k": 10, "top_p": 0.9}, {"max_tokens": T + 3}, {"eos_id": (EOS, 3, 4)}]
+)
 def test_a_continuation_is_what_the_sampler_draws_from_its_prefix(options):
   """Token by token, with the same keys: cut, positions, cache, ending and room are the sampler's."""
   cache, rollout, segments = case()
@@ -84,8 +86,10 @@ def test_a_continuation_is_what_the_sampler_draws_from_its_prefix(options):
     here = jax.tree.map(lambda x: x[row, state], drawn)  # noqa: B023
     np.testing.assert_array_equal(here.mask, alone.mask & room)
     np.testing.assert_array_equal(here.tokens, np.where(room, alone.tokens, PAD))
-    np.testing.assert_array_equal(here.truncated, ~np.any((alone.tokens == EOS) & room, axis=1))
-    np.testing.assert_allclose(here.log_probs, np.where(room, alone.log_probs, 0), atol=1e-4)
+    np.testing.assert_array_equal(
+      here.truncated, ~np.any(np.isin(alone.tokens, options.get("eos_id", EOS)) & room, axis=1)
+    )
+    np.testing.assert_allclose(here.sampler_log_probs, np.where(room, alone.sampler_log_probs, 0), atol=1e-4)
   exist = np.asarray(segments.mask)
   assert exist.sum() > 8 and len(set(np.asarray(drawn.truncated)[exist].ravel().tolist())) == 2
 
@@ -101,7 +105,7 @@ def test_greedy_continuations_are_the_traces_own_suffixes():
       np.testing.assert_array_equal(np.asarray(drawn.tokens[row, state, sample])[: len(own)], own)
       assert int(drawn.lengths[row, state, sample]) == len(own)
       assert bool(drawn.truncated[row, state, sample]) == bool(rollout.truncated[row])
-  np.testing.assert_allclose(drawn.log_probs, 0.0, atol=1e-6)  # One token is left to draw.
+  np.testing.assert_allclose(drawn.sampler_log_probs, 0.0, atol=1e-6)  # One token is left to draw.
 
 
 def test_recorded_log_probs_are_those_of_forwarding_again():
@@ -114,10 +118,10 @@ def test_recorded_log_probs_are_those_of_forwarding_again():
       rows.append(row)
       tokens.append(np.concatenate([rollout.tokens[row, :start], here.tokens[: T - start]]))
       mask.append(np.arange(T) < start + here.lengths)
-      recorded.append(np.concatenate([np.full(start, np.nan, np.float32), here.log_probs[: T - start]]))
+      recorded.append(np.concatenate([np.full(start, np.nan, np.float32), here.sampler_log_probs[: T - start]]))
   spliced = types.Rollout(
     prompt_tokens=PROMPTS[rows], prompt_mask=PROMPT_MASK[rows], tokens=np.array(tokens), mask=np.array(mask),
-    log_probs=None, entropy=None, truncated=None,
+    log_probs=None, sampler_log_probs=None, entropy=None, truncated=None,
   )  # fmt: skip
   again, _ = scoring.trace_log_probs(PARAMS, CONFIG, spliced, temperature=0.8)
   recorded = np.array(recorded)
@@ -133,7 +137,7 @@ def test_slots_change_nothing_but_the_steps(chunk_size):
   np.testing.assert_array_equal(drawn.tokens, together.tokens)
   np.testing.assert_array_equal(drawn.lengths, together.lengths)
   np.testing.assert_array_equal(drawn.truncated, together.truncated)
-  np.testing.assert_allclose(drawn.log_probs, together.log_probs, atol=1e-5)
+  np.testing.assert_allclose(drawn.sampler_log_probs, together.sampler_log_probs, atol=1e-5)
   by_row = np.asarray(drawn.lengths).sum(axis=(1, 2))
   if chunk_size == 1:
     assert int(steps) == by_row.max()  # A slot is never idle while its row's queue is not empty.
@@ -144,9 +148,9 @@ def test_rows_do_not_see_their_neighbours():
   cache, rollout, segments = case()
   whole, _ = generate(cache, rollout, segments, chunk_size=3)
   # Row 0 gets another trace, cut elsewhere and with fewer states.
-  noisy = rollout.replace(tokens=rollout.tokens.at[0].set(5), mask=rollout.mask.at[0].set(True))
-  recut = segments.replace(
-    ends=segments.ends.at[0].set(jnp.array([1, T, T, T])), num_segments=segments.num_segments.at[0].set(2)
+  noisy = dataclasses.replace(rollout, tokens=rollout.tokens.at[0].set(5), mask=rollout.mask.at[0].set(True))
+  recut = dataclasses.replace(
+    segments, ends=segments.ends.at[0].set(jnp.array([1, T, T, T])), num_segments=segments.num_segments.at[0].set(2)
   )
   noise = jax.tree.map(lambda x: x.at[:, 0].add(1.0), cache)
   other, _ = generate(noise, noisy, recut, chunk_size=3)
@@ -161,7 +165,7 @@ def test_what_stands_behind_a_cut_is_never_read():
   # The column of a state's last prefix token is run again, so even that one may hold anything for the state's branches.
   start = 4
   garbage = jax.tree.map(lambda x: x.at[:, :, :, P + start - 1 :].set(99.0), cache)
-  other, _ = generate(garbage, rollout.replace(tokens=rollout.tokens.at[:, start:].set(7)), segments)
+  other, _ = generate(garbage, dataclasses.replace(rollout, tokens=rollout.tokens.at[:, start:].set(7)), segments)
   exists = np.asarray(segments.num_segments) > 2
   assert exists.any()
   np.testing.assert_array_equal(other.tokens[:, :2], whole.tokens[:, :2])
@@ -170,7 +174,7 @@ def test_what_stands_behind_a_cut_is_never_read():
 
 def test_states_that_do_not_exist_are_not_run():
   cache, rollout, segments = case()
-  rollout = rollout.replace(mask=rollout.mask.at[2].set(False))  # An empty trace.
+  rollout = dataclasses.replace(rollout, mask=rollout.mask.at[2].set(False))  # An empty trace.
   segments = jax.tree.map(jnp.asarray, segments_at([2, 4, 7], rollout.mask))
   assert int(segments.num_segments[2]) == 0
   drawn, _ = generate(cache, rollout, segments, chunk_size=4)
@@ -180,7 +184,7 @@ def test_states_that_do_not_exist_are_not_run():
   np.testing.assert_array_equal(np.asarray(drawn.tokens)[missing], PAD)
   np.testing.assert_array_equal(np.asarray(drawn.truncated)[missing], False)
   assert (np.asarray(drawn.lengths)[~missing] > 0).all()
-  nothing = segments.replace(num_segments=jnp.zeros(B, jnp.int32))
+  nothing = dataclasses.replace(segments, num_segments=jnp.zeros(B, jnp.int32))
   assert int(generate(cache, rollout, nothing, chunk_size=4)[1]) == 0
 
 
@@ -202,7 +206,7 @@ def test_sharded_over_four_devices_equals_one():
   sharded, together = generate(jax.device_put(cache, sharding.cache(mesh)), *placed, chunk_size=3)
   assert len(sharded.tokens.sharding.device_set) == 4 and not sharded.tokens.is_fully_replicated
   np.testing.assert_array_equal(sharded.tokens, alone.tokens)
-  np.testing.assert_allclose(sharded.log_probs, alone.log_probs, atol=1e-5)
+  np.testing.assert_allclose(sharded.sampler_log_probs, alone.sampler_log_probs, atol=1e-5)
   assert int(steps) == int(together)
 
 
@@ -223,7 +227,8 @@ def tiny():
   trace_mask = np.array([[True, True, True], [True, True, False]])
   rollout = types.Rollout(
     prompt_tokens=prompts, prompt_mask=mask, tokens=tokens, mask=trace_mask, log_probs=np.zeros((2, 3), np.float32),
-    entropy=np.zeros((2, 3), np.float32), truncated=np.array([True, False]),
+    sampler_log_probs=np.zeros((2, 3), np.float32), entropy=np.zeros((2, 3), np.float32),
+    truncated=np.array([True, False]),
   )  # fmt: skip
   segments = types.Segments(
     ends=np.array([[1, 2, 3], [1, 2, 2]], np.int32), segment_ids=np.array([[0, 1, 2], [0, 1, -1]], np.int32),
@@ -257,7 +262,7 @@ def continuations_of(row, prefix):
   batch = types.Rollout(
     prompt_tokens=np.repeat(rollout.prompt_tokens[row : row + 1], len(ends), 0),
     prompt_mask=np.repeat(rollout.prompt_mask[row : row + 1], len(ends), 0),
-    tokens=tokens, mask=mask, log_probs=None, entropy=None, truncated=None,
+    tokens=tokens, mask=mask, log_probs=None, sampler_log_probs=None, entropy=None, truncated=None,
   )  # fmt: skip
   log_probs, _ = scoring.trace_log_probs(params, TINY, batch, temperature=1.0)
   return {c: float(p) for c, p in zip(ends, np.exp(np.asarray(log_probs, np.float64)[:, len(prefix) :].sum(axis=1)))}
@@ -393,7 +398,7 @@ def test_compiled_equals_eager():
     eager, eager_steps = draw()
   np.testing.assert_array_equal(compiled.tokens, eager.tokens)
   np.testing.assert_array_equal(compiled.lengths, eager.lengths)
-  np.testing.assert_allclose(compiled.log_probs, eager.log_probs, atol=1e-4)
+  np.testing.assert_allclose(compiled.sampler_log_probs, eager.sampler_log_probs, atol=1e-4)
   assert int(steps) == int(eager_steps)
 
 

@@ -117,7 +117,7 @@ def score(params, config, cache, case):
   nothing = jnp.zeros(case["tokens"].shape)
   rollout = types.Rollout(
     **{name: case[name] for name in ("prompt_tokens", "prompt_mask", "tokens", "mask")},
-    log_probs=nothing, entropy=nothing, truncated=jnp.zeros(len(nothing), bool),
+    log_probs=nothing, sampler_log_probs=nothing, entropy=nothing, truncated=jnp.zeros(len(nothing), bool),
   )  # fmt: skip
   three = jnp.full(len(nothing), case["ends"].shape[1], jnp.int32)
   segments = types.Segments(ends=case["ends"], segment_ids=case["tokens"], num_segments=three, num_merged=0 * three)

@@ -20,17 +20,23 @@ def draw(prompts=PROMPTS, mask=PROMPT_MASK, seed=0, **options):
   return sampling.sample(PARAMS, CONFIG, prompts, mask, jax.random.key(seed), **options)[0]
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.6)])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
-def test_recorded_log_probs_are_the_training_forwards(temperature):
-  rollout = draw(temperature=temperature)
+def test_recorded_log_probs_are_the_training_forwards(temperature, top_k, top_p):
+  rollout = draw(temperature=temperature, top_k=top_k, top_p=top_p)
   log_probs, entropy = scoring.trace_log_probs(PARAMS, CONFIG, rollout, temperature=temperature)
+  # The ratio of the first update is 1, whatever the sampler cuts away.
   np.testing.assert_allclose(rollout.log_probs, log_probs, atol=1e-4)
   np.testing.assert_allclose(rollout.entropy, entropy, atol=1e-4)
-  assert np.asarray(rollout.log_probs)[np.asarray(rollout.mask)].max() < 0
+  mask, cut = np.asarray(rollout.mask), top_k or top_p < 1
+  gain = np.asarray(rollout.sampler_log_probs - rollout.log_probs)
+  assert np.asarray(rollout.log_probs)[mask].max() < 0
+  assert (gain[mask].min() > 0.01) if cut else (gain == 0).all()
+  assert (np.asarray(rollout.sampler_log_probs)[~mask] == 0).all() and (np.asarray(rollout.log_probs)[~mask] == 0).all()
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.6), (5, 0.7)])
-def test_recorded_log_probs_are_those_of_the_cut_distribution(top_k, top_p):
+def test_the_samplers_log_probs_are_those_of_the_cut_distribution(top_k, top_p):
   rollout = draw(top_k=top_k, top_p=top_p)
   tokens = np.concatenate([PROMPTS, rollout.tokens], axis=1)
   mask = np.concatenate([PROMPT_MASK, rollout.mask], axis=1)
@@ -48,7 +54,7 @@ def test_recorded_log_probs_are_those_of_the_cut_distribution(top_k, top_p):
     p = p / p.sum()
     token = int(rollout.tokens[b, t])
     assert p[token] > 0
-    assert float(rollout.log_probs[b, t]) == pytest.approx(np.log(p[token]), abs=1e-4)
+    assert float(rollout.sampler_log_probs[b, t]) == pytest.approx(np.log(p[token]), abs=1e-4)
     checked += 1
   assert checked > 10
 
@@ -92,6 +98,20 @@ def test_traces_end_with_eos_or_are_truncated():
       assert length == 12 or tokens[length - 1] == 1
       seen.add(bool(truncated))
   assert seen == {True, False}
+
+
+def test_any_of_several_ids_ends_a_trace():
+  ends, one = (1, 5, 7), jax.device_get(draw(eos_id=-1))
+  rollout = jax.device_get(draw(eos_id=ends))
+  lengths = rollout.mask.sum(axis=1)
+  for tokens, longer, length, truncated in zip(rollout.tokens, one.tokens, lengths, rollout.truncated):
+    # What would have been drawn without an end, up to the first of them.
+    first = next((t for t, token in enumerate(longer) if token in ends), len(longer) - 1)
+    np.testing.assert_array_equal(tokens[:length], longer[: first + 1])
+    assert truncated == (longer[first] not in ends)
+  assert len({int(tokens[length - 1]) for tokens, length in zip(rollout.tokens, lengths)} & set(ends)) > 1
+  for single in (1, (1,)):
+    np.testing.assert_array_equal(draw(eos_id=single).tokens, draw().tokens)
 
 
 def test_first_tokens_follow_the_softmax():

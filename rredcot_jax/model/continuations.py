@@ -32,7 +32,7 @@ class Continuations:
   """`N` samples of how each state of a trace goes on; states that do not exist have length 0."""
 
   tokens: chex.Array  # [K, N, S] int32, right-padded, end-of-sequence token included.
-  log_probs: chex.Array  # [K, N, S] float32, under the distribution sampled from (nats); 0 on padding.
+  sampler_log_probs: chex.Array  # [K, N, S] float32, of what was sampled from (nats); 0 on padding.
   lengths: chex.Array  # [K, N] int32, at most the room that the state leaves.
   truncated: chex.Array  # [K, N] bool, True where the room ran out.
 
@@ -70,7 +70,7 @@ def generate_from_states(
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
-  eos_id: int,
+  eos_id: int | tuple[int, ...],
   pad_id: int,
   chunk_size: int | None = None,
   first_sample: chex.Numeric = 0,
@@ -88,7 +88,7 @@ def generate_from_states(
       room for `max_tokens - starts[j]`, so that its success is the policy's under
       the limit it was sampled with.
     temperature, top_k, top_p: see `sampling.sampling_log_probs`; the rollout's own, to value its policy.
-    eos_id: ends a continuation and belongs to it.
+    eos_id: the id or the ids that end a continuation; the one that does belongs to it.
     pad_id: fills the places after it.
     chunk_size: slots a row, that is continuations of a row run at once; memory grows
       with it. None runs them all together.
@@ -149,14 +149,15 @@ def generate_from_states(
     keys = fold_each(fold_each(take(state_keys, state), sample + first_sample), slot.age)
     token = jax.vmap(jax.vmap(sampling.draw))(keys, log_probs)
     chosen = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
-    ended = jnp.logical_and(active, jnp.logical_or(token == eos_id, slot.age + 1 == max_tokens - start))
+    stopped = sampling.is_end(token, eos_id)
+    ended = jnp.logical_and(active, jnp.logical_or(stopped, slot.age + 1 == max_tokens - start))
     # Places out of range are dropped: idle slots write nothing.
     place = jnp.where(active, slot.item, k_max * k)
     drawn = drawn.replace(
       tokens=_set_tokens(drawn.tokens, place, slot.age, token),
-      log_probs=_set_tokens(drawn.log_probs, place, slot.age, chosen),
+      sampler_log_probs=_set_tokens(drawn.sampler_log_probs, place, slot.age, chosen),
       lengths=_set(drawn.lengths, place, slot.age + 1),
-      truncated=_set(drawn.truncated, place, token != eos_id),
+      truncated=_set(drawn.truncated, place, jnp.logical_not(stopped)),
     )
     slot = _Slots(
       item=jnp.where(ended, slot.queued[:, None] + jnp.cumsum(ended, axis=1) - 1, slot.item),
@@ -170,7 +171,7 @@ def generate_from_states(
   each = (batch, k_max * k)
   drawn = Continuations(
     tokens=jnp.full((*each, max_tokens), pad_id, jnp.int32),
-    log_probs=jnp.zeros((*each, max_tokens), jnp.float32),
+    sampler_log_probs=jnp.zeros((*each, max_tokens), jnp.float32),
     lengths=jnp.zeros(each, jnp.int32),
     truncated=jnp.zeros(each, bool),
   )
