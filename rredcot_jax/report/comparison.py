@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.stats
 
 from rredcot_jax.report import page
+from rredcot_jax.report.statistics import mean_and_error
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
 # Steps left out of the time per step: they hold the compilations.
 _WARM_UP = 3
-# Student's t at 97.5% for 1 to 9 degrees of freedom; beyond, the normal's is close enough.
-_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # Okabe and Ito, and two more.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7a5195", "#8c564b")
 _MARKERS = "os^Dv<>P"
@@ -83,12 +83,15 @@ def spent_to_reach(spent: Sequence[float], accuracy: Sequence[float], goal: floa
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, float | None]:
-  """Mean over seeds and its 95% interval by Student's t, None for a single seed."""
-  x = np.asarray(values, np.float64)
-  mean = float(x.mean())
-  if len(x) < 2:
+  """Mean over n seeds and its 95% interval, mean +- t s / sqrt(n), rounded to 4 digits; no interval for one seed.
+
+  s is the sample's standard deviation and t the 97.5% quantile of Student's distribution with n - 1
+  degrees of freedom.
+  """
+  mean, error = mean_and_error(np.asarray(values))
+  if len(values) < 2:
     return {"mean": round(mean, 4), "low": None, "high": None}
-  half = (_T[len(x) - 2] if len(x) - 2 < len(_T) else 1.96) * float(x.std(ddof=1)) / math.sqrt(len(x))
+  half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * error
   return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
 
 

@@ -2,10 +2,9 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
-
-_RESAMPLES_AT_ONCE = 500  # Of the bootstrap; bounds its memory.
 
 
 def pass_at_k(num_correct: np.ndarray, num_samples: int, k: int) -> np.ndarray:
@@ -75,10 +74,58 @@ def _majority_right(votes: np.ndarray, correct: np.ndarray, chosen: np.ndarray) 
   return float((share.sum(axis=1) / wins.sum(axis=1)).mean())
 
 
+def bootstrap(
+  statistic: Callable[[np.ndarray], np.ndarray],
+  clusters: np.ndarray,
+  *,
+  resamples: int,
+  seed: int = 0,
+  level: float = 0.95,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """A statistic of n items with its percentile bootstrap interval, whole clusters resampled.
+
+  Items of one cluster (states of a prompt, traces of a group) are not independent, so a resample
+  draws as many clusters as there are, with replacement, and takes all items of each. The interval
+  holds the quantiles (1 - level) / 2 and (1 + level) / 2 of the statistic over resamples; resamples
+  in which it is NaN are left out.
+
+  Args:
+    statistic: indices [m] into the items, repeats included -> [...] float; several methods
+      in one statistic see the same resamples, so that their differences can be read.
+    clusters: [n] int, each item's cluster.
+    resamples: at least 1.
+    seed: of the resampling.
+    level: in (0, 1).
+
+  Returns:
+    The statistic on all items, the lower and the upper end, each [...] float64. The ends are NaN
+    where no resample has a number, and with fewer than 2 clusters.
+  """
+  counts = np.unique(clusters, return_counts=True)[1]
+  order = np.argsort(clusters, kind="stable")  # Items by cluster; cluster c begins at starts[c].
+  starts = np.cumsum(counts) - counts
+  point = np.asarray(statistic(np.arange(len(clusters))), np.float64)
+  ends = np.full((2, *point.shape), np.nan)
+  if len(counts) < 2:
+    return point, ends[0], ends[1]
+  rng = np.random.default_rng(seed)
+  draws = []
+  for _ in range(resamples):
+    chosen = rng.integers(len(counts), size=len(counts))
+    sizes = counts[chosen]
+    places = np.repeat(starts[chosen] + sizes - np.cumsum(sizes), sizes) + np.arange(sizes.sum())
+    draws.append(np.asarray(statistic(order[places]), np.float64))
+  stacked = np.stack(draws)
+  some = np.isfinite(stacked).any(axis=0)
+  if some.any():
+    ends[:, some] = np.nanquantile(stacked[:, some], [(1 - level) / 2, (1 + level) / 2], axis=0)
+  return point, ends[0], ends[1]
+
+
 def bootstrap_interval(
   values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> np.ndarray:
-  """Percentile bootstrap interval of a mean over prompts.
+  """Percentile bootstrap interval of a mean over prompts; see `bootstrap`.
 
   Prompts are resampled, not samples: another draw of questions and of answers to
   them is what a figure should be expected to move by. It never leaves the values'
@@ -88,25 +135,21 @@ def bootstrap_interval(
 
   Args:
     values: [B, ...] float, one row a prompt, B >= 2; all columns see the same resamples.
-    level: share of the bootstrap distribution between the two ends.
+    level: in (0, 1).
     resamples: at least 1.
     seed: of the resampling.
 
   Returns:
     [2, ...] float64, the lower and the upper end.
+
+  Raises:
+    ValueError: for fewer than 2 prompts.
   """
   values = np.asarray(values, np.float64)
-  size = len(values)
-  if size < 2:
-    raise ValueError(f"an interval over prompts needs at least 2 of them and there are {size}.")
-  rng = np.random.default_rng(seed)
-  means = []
-  for start in range(0, resamples, _RESAMPLES_AT_ONCE):
-    count = min(_RESAMPLES_AT_ONCE, resamples - start)
-    weights = rng.multinomial(size, np.full(size, 1 / size), size=count) / size
-    means.append(weights @ values.reshape(size, -1))
-  ends = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
-  return ends.reshape(2, *values.shape[1:])
+  if len(values) < 2:
+    raise ValueError(f"an interval over prompts needs at least 2 of them and there are {len(values)}.")
+  mean = lambda rows: values[rows].mean(axis=0)
+  return np.stack(bootstrap(mean, np.arange(len(values)), resamples=resamples, seed=seed, level=level)[1:])
 
 
 def mean_and_error(x: np.ndarray) -> tuple[float, float]:

@@ -1,8 +1,6 @@
 """How well estimated credit agrees with a ground truth: the statistics of the credit study.
 
 Pure numpy and scipy on flat arrays: which states are compared is the caller's choice.
-States of one prompt are not independent (traces of a group share whole prefixes), so
-every interval here resamples *clusters*, the prompts, and never single states.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,44 +53,6 @@ def measures(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
   """[5] float64, one number for each of `MEASURES`."""
   functions = (pearson, spearman, kendall, mean_absolute_error, calibration_error)
   return np.array([function(estimate, truth) for function in functions])
-
-
-def bootstrap(
-  statistic: Callable[[np.ndarray], np.ndarray],
-  clusters: np.ndarray,
-  *,
-  resamples: int,
-  seed: int = 0,
-  level: float = 0.95,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """A statistic of n items with its percentile bootstrap interval, whole clusters resampled.
-
-  Args:
-    statistic: indices [m] into the items, repeats included -> [...] numbers; several methods
-      in one statistic see the same resamples, so that their differences can be read.
-    clusters: [n] int, each item's cluster.
-    resamples: at least 1.
-    seed: of the resampling.
-    level: share of the bootstrap distribution between the two ends.
-
-  Returns:
-    The statistic on all items, the lower and the upper end; NaN ends where no resample had a number.
-  """
-  members = [np.flatnonzero(clusters == name) for name in np.unique(clusters)]
-  point = np.asarray(statistic(np.arange(len(clusters))), np.float64)
-  if len(members) < 2:
-    return point, np.full(point.shape, np.nan), np.full(point.shape, np.nan)
-  rng = np.random.default_rng(seed)
-  draws = []
-  for _ in range(resamples):
-    chosen = rng.integers(len(members), size=len(members))
-    draws.append(np.asarray(statistic(np.concatenate([members[i] for i in chosen])), np.float64))
-  stacked = np.stack(draws)
-  ends = np.full((2, *point.shape), np.nan)
-  some = np.isfinite(stacked).any(axis=0)
-  if some.any():
-    ends[:, some] = np.nanquantile(stacked[:, some], [(1 - level) / 2, (1 + level) / 2], axis=0)
-  return point, ends[0], ends[1]
 
 
 def spearman_brown(correlation: float) -> float:
