@@ -42,18 +42,6 @@ def test_calibration_error_by_hand():
   assert agreement.calibration_error(np.zeros(6), np.array([0, 0, 0, 1, 1, 1.0])) == pytest.approx(0.5)
 
 
-def test_bootstrap_resamples_clusters_and_not_items():
-  rng = np.random.default_rng(1)
-  x = rng.normal(size=20)
-  mean = lambda values: lambda i: np.array([values[i].mean()])
-  point, low, high = agreement.bootstrap(mean(x), np.arange(20), resamples=400)
-  # Every item ten times says nothing more, and must not narrow the interval.
-  again = agreement.bootstrap(mean(np.repeat(x, 10)), np.repeat(np.arange(20), 10), resamples=400)
-  np.testing.assert_allclose(again, (point, low, high), atol=1e-12)
-  naive = agreement.bootstrap(mean(np.repeat(x, 10)), np.arange(200), resamples=400)
-  assert (naive[2] - naive[1]) < 0.5 * (high - low)
-
-
 def test_noise_ceiling_is_what_a_perfect_estimator_reaches():
   rng = np.random.default_rng(2)
   true = rng.normal(size=4000)

@@ -1,7 +1,8 @@
 """The tables of the credit study, from traces, their credit by every method, and the ground truth.
 
 Figures are JSON values: a number with its interval is [value, low, high], None where there is none.
-Intervals are 95% by bootstrap over prompts.
+Intervals are 95% by bootstrap over prompts: states of one prompt are not independent, because traces of a
+group share whole prefixes.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import numpy as np
 
 from rredcot_jax.credit import rules
 from rredcot_jax.ops import advantages
+from rredcot_jax.report import statistics
 from rredcot_jax.study import agreement, gradients, ground_truth
 from rredcot_jax.study.estimators import Estimate, Estimators, Traces
 
@@ -118,7 +120,7 @@ def _compare(true, by_method, spread, mask, evidence, truth, resamples) -> dict[
   target = true[rows, columns]
   guesses = [np.asarray(values, np.float64)[rows, columns] for values in by_method.values()]
   statistic = lambda i: np.stack([agreement.measures(guess[i], target[i]) for guess in guesses])
-  point, low, high = agreement.bootstrap(statistic, evidence.prompts[rows], resamples=resamples)
+  point, low, high = statistics.bootstrap(statistic, evidence.prompts[rows], resamples=resamples)
   table["ceiling"] = jsonable(
     agreement.noise_ceiling(lambda rng: tuple(spread(half)[rows, columns] for half in truth.halves(rng)))
   )
@@ -296,7 +298,7 @@ def gradient_variance(
   )
   keys = list(figures_of(np.arange(len(moments.same_group))))
   statistic = lambda rows: np.stack([figures_of(rows)[key] for key in keys])
-  point, low, high = agreement.bootstrap(statistic, np.arange(len(moments.same_group)), resamples=resamples)
+  point, low, high = statistics.bootstrap(statistic, np.arange(len(moments.same_group)), resamples=resamples)
   across = _across_prompts(moments, **places)
   table: dict[str, Any] = {"groups": moments.groups, "prompts": len(moments.same_group), "reference": reference}
   fixed: dict[str, Any] = {}
@@ -359,5 +361,5 @@ def jsonable(tree: Any) -> Any:
 
 def _means(scores: list[np.ndarray], names: list[str], clusters: np.ndarray, resamples: int) -> dict[str, Figure]:
   stacked = np.stack(scores)
-  point, low, high = agreement.bootstrap(lambda i: stacked[:, i].mean(axis=1), clusters, resamples=resamples)
+  point, low, high = statistics.bootstrap(lambda i: stacked[:, i].mean(axis=1), clusters, resamples=resamples)
   return {name: figure(point[i], low[i], high[i]) for i, name in enumerate(names)}
