@@ -1,6 +1,6 @@
 """The training comparison on `chain`: every source of credit, at equal rollout tokens, from one warm start.
 
-    python experiments/compare.py --directory runs/comparison --seeds 1,2,3,4,5
+    python experiments/compare.py --workdir runs/comparison --seeds 1,2,3,4,5
     python experiments/train.py --config configs/chain_comparison.py:method=value_head --workdir runs/value_head
 
 A run is 60 steps of 16 rollouts: about a minute on 2 idle cores, with Monte Carlo several.
@@ -83,7 +83,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   method, bank, mode = options["method"], options["bank"], options["mode"]
   config = default_config()
   config.task.options.num_steps = 8
-  config.initial_params = "chain_warm_start.safetensors"
+  config.initial_params = "chain/warm_start.safetensors"
   config.num_steps = 60
   config.rollout.max_prompt_tokens = 18
   config.rollout.max_tokens = 56

@@ -20,7 +20,7 @@ def get_config(arg: str = "full") -> ConfigDict:
   config = default_config()
   add_study(config)
   config.task.options.num_steps = 8
-  config.initial_params = "chain_warm_start.safetensors"
+  config.initial_params = "chain/warm_start.safetensors"
   config.rollout.group_size = 8
   config.rollout.max_prompt_tokens = 18
   config.rollout.max_tokens = 56

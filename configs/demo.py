@@ -8,7 +8,7 @@ deal the same prompts in the same order. Takes about a minute a run on 2 cores.
 The warm start is made by
 
     python experiments/warm_start.py --config configs/demo.py \
-        --output rredcot_jax/assets/chain_warm_start.safetensors
+        --output rredcot_jax/assets/chain/warm_start.safetensors
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   options = options_of(arg, {"method": METHODS, "bank": banks})
   config = default_config()
   config.task.options.num_steps = 8
-  config.initial_params = "chain_warm_start.safetensors"
+  config.initial_params = "chain/warm_start.safetensors"
   config.evaluation.every = 10
   config.checkpoint.every = 10
   config.num_steps = 70

@@ -22,6 +22,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.task.name = "reasoning_gym/gsm_symbolic"
   config.task.options.size = 512
   config.task.options.seed = 0
+  config.tokenizer.path = "gsm_symbolic"
   config.task.options.scorer = "numeric"  # The library's own accepts "-5" for 5.
   config.num_steps = 4
   config.rollout.prompts_per_step = 4

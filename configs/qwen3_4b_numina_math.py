@@ -53,7 +53,6 @@ BENCHMARKS = {"math500": 500, "amc23": 40, "minerva": 272, "aime": 30}  # Prompt
 _MODEL = "checkpoints/Qwen3-4B"
 _TASK_OPTIONS = {
   "data_dir": "data",
-  "tokenizer_dir": _MODEL,
   "instruction": "Please reason step by step, and put your final answer within \\boxed{}.",
 }
 

@@ -1,8 +1,8 @@
 """The training comparison: every method of configs/chain_comparison.py over several seeds, one table, curves, a page.
 
-    python experiments/compare.py --directory runs/comparison --seeds 1,2,3,4,5
-    python experiments/compare.py --directory runs/comparison --seeds 1,2,3,4,5 --methods grpo,rredcot-suffix-difference
-    python experiments/compare.py --directory runs/rates --seeds 0 --rates 1e-4,2e-4,3e-4,4e-4     (the tuning)
+    python experiments/compare.py --workdir runs/comparison --seeds 1,2,3,4,5
+    python experiments/compare.py --workdir runs/comparison --seeds 1,2,3,4,5 --methods grpo,rredcot-suffix-difference
+    python experiments/compare.py --workdir runs/rates --seeds 0 --rates 1e-4,2e-4,3e-4,4e-4     (the tuning)
 
 Interrupted, it goes on where it stopped; finished runs are not touched, and methods and
 seeds may come in several calls: the figures are of all finished runs in the directory.
@@ -11,24 +11,22 @@ object. With --rates, every method runs at every rate, evaluated at its end alon
 JSON object holds the final accuracies and each method's best.
 """
 
-import importlib.util
 import json
 import pathlib
 import time
 from typing import Any
 
-import train
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from rredcot_jax.data import tasks
 from rredcot_jax.model import decoder
-from rredcot_jax.ops import types
+from rredcot_jax.ops.names import check_option
 from rredcot_jax.report import comparison, files, page
-from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import launch, loop, validation
+from rredcot_jax.train import workdir as workdir_lib
+from rredcot_jax.train.experiment import Experiment
 
 FILE = flags.DEFINE_string("comparison", "configs/chain_comparison.py", "A file with METHODS and get_config(arg).")
-DIRECTORY = flags.DEFINE_string("directory", "runs/comparison", "Where the runs and the figures are written.")
 SEEDS = flags.DEFINE_list("seeds", ["1", "2", "3", "4", "5"], "Seeds to run.")
 METHODS = flags.DEFINE_list("methods", [], "Which methods to run, by name; all if empty.")
 RATES = flags.DEFINE_list("rates", [], "Learning rates to try instead of the configured ones.")
@@ -36,13 +34,10 @@ RATES = flags.DEFINE_list("rates", [], "Learning rates to try instead of the con
 
 def main(_: Any) -> None:
   began = time.perf_counter()
-  root = pathlib.Path(DIRECTORY.value)
-  spec = importlib.util.spec_from_file_location("comparison_config", FILE.value)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  root = pathlib.Path(launch.WORKDIR.value)
+  module = launch.load_file(FILE.value)
   for name in METHODS.value:
-    types.check_option("methods", name, tuple(module.METHODS))
+    check_option("methods", name, tuple(module.METHODS))
   chosen = METHODS.value or list(module.METHODS)
   for seed in map(int, SEEDS.value):
     for name in chosen:
@@ -52,8 +47,8 @@ def main(_: Any) -> None:
           path = f"{FILE.value}:{module.METHODS[name]}"
           overrides = f" --config.seed={seed} --config.optimizer.learning_rate={config.optimizer.learning_rate}"
           command = f"python experiments/train.py --config {path}{overrides} --workdir {workdir}"
-          train.claim_workdir(workdir, config, command, resume=True)
-          train.run(config, workdir)
+          workdir_lib.claim(workdir, config, command, resume=True)
+          loop.run(config, workdir)
   if RATES.value:
     figures: dict[str, Any] = tuned(module, chosen, root)
   else:
@@ -72,15 +67,15 @@ def make_run(
     config.optimizer.learning_rate = float(rate)
     config.evaluation.every = config.num_steps
     workdir = root / f"{name}-{rate}-{seed}"
-  config_lib.validate(config)
+  validation.validate(config)
   return config, workdir
 
 
 def finished(workdir: pathlib.Path, config: ConfigDict) -> bool:
-  """Whether the run has its last evaluation; a directory of another configuration is refused by `claim_workdir`."""
+  """Whether the run has its last evaluation; a directory of another configuration is refused by `workdir.claim`."""
   if not (workdir / "metrics.jsonl").is_file():
     return False
-  train.claim_workdir(workdir, config, "", resume=True)
+  workdir_lib.claim(workdir, config, "", resume=True)
   try:
     lines = page.read_metrics(workdir / "metrics.jsonl")
   except ValueError:  # Killed before its first evaluation.
@@ -110,8 +105,7 @@ def write_figures(module: Any, root: pathlib.Path) -> dict[str, Any]:
         runs.setdefault(name, {})[int(seed)] = comparison.read_run(workdir)
         first.setdefault(name, workdir)
   config = module.get_config(module.METHODS["grpo"])
-  task = tasks.make_task(**config_lib.task_options(config, "eval"))
-  num_params = decoder.num_params(config_lib.model_config(config, len(task.tokenizer)))
+  num_params = decoder.num_params(Experiment(config).model)
   figures = comparison.compare(runs, num_params)
   rates = {name: module.get_config(module.METHODS[name]).optimizer.learning_rate for name in runs}
   figures |= {
@@ -174,5 +168,6 @@ def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+  flags.mark_flag_as_required("workdir")
   logging.set_verbosity(logging.WARNING)
   app.run(main)

@@ -8,42 +8,42 @@ the headline as one JSON object. Interrupted, the same command goes on: ground t
 by round, gradients whole. docs/method.md, section 9, is the protocol.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
-import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import train
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from rredcot_jax.cost import flops
-from rredcot_jax.data import batching, encoding, judging, tasks
+from rredcot_jax.data import batching, judging
+from rredcot_jax.data.encoding import Codec
 from rredcot_jax.model import sampling
-from rredcot_jax.ops import segmentation, types
-from rredcot_jax.parallel import sharding
+from rredcot_jax.ops import segmentation
+from rredcot_jax.ops.names import check_option
 from rredcot_jax.study import estimators, gradients, ground_truth, tables
 from rredcot_jax.study import page as study_page
-from rredcot_jax.train import config as config_lib
-from rredcot_jax.train import initial
+from rredcot_jax.train import launch, validation
+from rredcot_jax.train import workdir as workdir_lib
+from rredcot_jax.train.experiment import Experiment
 
-CONFIG, WORKDIR = train.CONFIG, train.WORKDIR  # The same two flags.
+CONFIG = config_flags.DEFINE_config_file("config", None, "The study.", lock_config=True)
 
 # Independent streams of one seed: the truth must not share samples with what it judges.
 _TRACES, _TRUTH, _ESTIMATES, _GRADIENTS = range(4)
 
 
 def main(_: Any) -> None:
-  config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
+  config, workdir, command = CONFIG.value, pathlib.Path(launch.WORKDIR.value), launch.command()
   validate(config)
-  command = " ".join(["python", *sys.argv])
-  train.claim_workdir(workdir, config, command, resume=True)
+  workdir_lib.claim(workdir, config, command, resume=True)
   print(json.dumps(run(config, workdir, command)))
 
 
@@ -52,21 +52,19 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
   began = time.perf_counter()
   options = config.study
   # ---- Policy and task ---------------------------------------------------------------------
-  task = tasks.make_task(**config_lib.task_options(config, "eval"))
-  tables = batching.vocab_tables(task.tokenizer)
-  model = config_lib.model_config(config, len(task.tokenizer))
+  experiment = Experiment(config)
+  task, codec = experiment.held_out, experiment.codec
   keys = [jax.random.fold_in(jax.random.key(config.seed), stream) for stream in range(4)]
-  params = initial.start_params(config.initial_params, model, sharding.make_mesh(**config.mesh), keys[_TRACES])
-  engine = make_engine(config, task, params, model, tables)
+  engine = make_engine(experiment, experiment.start_params(keys[_TRACES]))
 
   # ---- Traces ------------------------------------------------------------------------------
   size = config.rollout.group_size
   prompts = np.repeat(np.arange(options.num_prompts), size)
   traces = sample_traces(config, engine, [task[int(i)] for i in prompts], keys[_TRACES])
-  traces = cut(config, engine, traces, tables, config.segmentation.method)
+  traces = cut(config, engine, traces, config.segmentation.method)
   valued = np.flatnonzero(np.arange(len(prompts)) % size < options.truth_traces)
   few = options.segmentation_prompts * size
-  recut = {name: cut(config, engine, traces.rows(np.arange(few)), tables, name) for name in options.segmentations}
+  recut = {name: cut(config, engine, traces.rows(np.arange(few)), name) for name in options.segmentations}
   print(
     f"{len(prompts)} traces of {options.num_prompts} prompts, {traces.returns.mean():.1%} right, "
     f"{traces.num_segments.mean():.1f} segments each", flush=True,
@@ -82,7 +80,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
     engine, traces, states, keys[_TRUTH], workdir / "truth", samples=options.truth_samples,
     samples_per_round=options.samples_per_round, rows_at_once=options.rows_at_once, slots=options.slots,
   )  # fmt: skip
-  evidence = tables.evidence_of(traces, state_of, prompts, ground_truth.answer_stated(task, traces))
+  evidence = tables.evidence_of(traces, state_of, prompts, ground_truth.answer_stated(task, codec, traces))
 
   # ---- Every method's credit ---------------------------------------------------------------
   credit_of = functools.partial(
@@ -98,7 +96,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
   ranking = tables.ranking(evidence, truth, estimates, resamples=resamples)
 
   # ---- c. Error localisation ---------------------------------------------------------------
-  wrong = ground_truth.first_wrong_segments(task, traces)
+  wrong = ground_truth.first_wrong_segments(task, codec, traces)
   known = bool((wrong >= 0).any())
   rewards = {name: estimate.rewards for name, estimate in estimates.items()}
   drops = tables.largest_drops(evidence, truth)
@@ -119,7 +117,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
   }
   cuts |= {name: (recut[name], states_of[name]) for name in recut}
   segmentations = {
-    name: of_segmentation(config, task, other, places, prompts[:few], truth, credit_of)
+    name: of_segmentation(config, task, codec, other, places, prompts[:few], truth, credit_of)
     for name, (other, places) in tqdm(cuts.items(), desc="segmentations")
   }
 
@@ -158,7 +156,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
     "gradient_variance": None,
     "segmentation": segmentations,
     "cost": costs,
-    "records": trace_records(task, traces, evidence, truth, estimates, wrong if known else drops),
+    "records": trace_records(codec, traces, evidence, truth, estimates, wrong if known else drops),
   }
   title = f"Credit study: {task.name}"
   write = functools.partial(study_page.write, workdir, title=title, config=config.to_json_best_effort())
@@ -166,10 +164,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
 
   # ---- d. Gradient variance ----------------------------------------------------------------
   if options.gradient_prompts:
-    moments = gradient_moments(config, engine, task, tables, keys[_GRADIENTS], workdir / "gradients.npz")
+    moments = gradient_moments(config, engine, task, keys[_GRADIENTS], workdir / "gradients.npz")
     variance = tables.gradient_variance(
       moments,
-      reference=options.gradient_reference,
       step_flops=step_flops(engine, traces, costs, moments.names),
       resamples=resamples,
     )
@@ -190,13 +187,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, An
 
 def validate(config: ConfigDict) -> None:
   """Checks the study's own options; see `config.validate` for the rest."""
-  config_lib.validate(config)
+  validation.validate(config)
   options, size = config.study, config.rollout.group_size
   for name in ("methods", "segmentation_estimators"):
     for method in options[name]:
-      types.check_option(f"study.{name}", method, estimators.METHODS)
+      check_option(f"study.{name}", method, estimators.METHODS)
   for method in options.segmentations:
-    types.check_option("study.segmentations", method, segmentation.METHODS)
+    check_option("study.segmentations", method, segmentation.METHODS)
   total = options.num_prompts * size
   if options.rows_at_once % size or total % min(options.rows_at_once, total):
     raise ValueError(
@@ -216,43 +213,47 @@ def validate(config: ConfigDict) -> None:
     )
 
 
-def make_engine(config: ConfigDict, task, params, model, tables) -> estimators.Estimators:
+def make_engine(experiment: Experiment, params: Any) -> estimators.Estimators:
+  """The methods, bound to the policy and to what is held out."""
+  config, task, codec = experiment.config, experiment.held_out, experiment.codec
   options = config.study
-  examples = [task[i] for i in range(max(options.num_prompts, options.gradient_prompts))]
-  sampling_options = {name: config.rollout[name] for name in ("max_tokens", "temperature", "top_k", "top_p")}
+  references = [codec.reference(task[i]) for i in range(max(options.num_prompts, options.gradient_prompts))]
+  # Traces lie in one layout, on one process.
+  setting = dataclasses.replace(experiment.setting_of(task), mesh=None)
   return estimators.Estimators(
-    params, model, task, tables.newlines, group_size=config.rollout.group_size, sampling_options=sampling_options,
-    room=estimators.completion_rooms(batching.references(task, examples), config.rollout.max_tokens),
-    monte_carlo_samples=options.monte_carlo_samples, slots=options.slots, integration_steps=options.integration_steps,
-    chunk_size=config.credit.chunk_size or None,
+    params, setting, estimators.completion_rooms(references, config.rollout.max_tokens),
+    {
+      "monte_carlo": {"samples": options.monte_carlo_samples},
+      "integrated_gradients": {"steps": options.integration_steps},
+    },
   )  # fmt: skip
 
 
 def sample_traces(config: ConfigDict, engine: estimators.Estimators, examples: list, key: jax.Array):
   """Traces of `examples`, not cut yet."""
-  prompts = batching.prompt_arrays(engine.task, examples, config.rollout.max_prompt_tokens)
-  rollout, cache = sampling.sample(engine.params, engine.model, *prompts, key, **engine.generation_options)
-  returns = judging.returns_of(engine.task, examples, jax.device_get(rollout))
+  setting = engine.setting
+  prompts = batching.prompt_arrays(setting.codec, examples, config.rollout.max_prompt_tokens)
+  rollout, cache = sampling.sample(engine.params, setting.model, *prompts, key, **setting.generation)
+  returns = judging.returns_of(setting.task, setting.codec, examples, jax.device_get(rollout))
   return estimators.Traces(rollout, cache, None, returns, examples)
 
 
 @functools.cache
-def cutter(eos_id: int, method: str, options: tuple):
-  one = functools.partial(segmentation.segment, eos_id=eos_id, method=method, **dict(options))
-  return jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, None)))
+def cutter(codec: Codec, method: str, options: tuple):
+  """Cuts a batch of traces by `method`, jitted."""
+  one = functools.partial(segmentation.segment, method=method, eos_ids=codec.eos_id, **dict(options))
+  cut_one = lambda r: one(r.tokens, r.mask, codec.tables, log_probs=r.log_probs, entropy=r.entropy)
+  return jax.jit(jax.vmap(cut_one))
 
 
-def cut(config: ConfigDict, engine: estimators.Estimators, traces, tables, method: str) -> estimators.Traces:
+def cut(config: ConfigDict, engine: estimators.Estimators, traces, method: str) -> estimators.Traces:
   """The traces with segments by `method`."""
-  options = {k: v for k, v in config_lib.segmentation_options(config).items() if k != "method"}
-  rollout = traces.rollout
-  segments = cutter(engine.task.tokenizer.eos_token_id, method, tuple(options.items()))(
-    rollout.tokens, rollout.log_probs, rollout.entropy, rollout.mask, tables
-  )
-  return estimators.Traces(rollout, traces.cache, segments, traces.returns, traces.examples)
+  options = tuple((k, v) for k, v in config.segmentation.to_dict().items() if k != "method")
+  segments = cutter(engine.setting.codec, method, options)(traces.rollout)
+  return estimators.Traces(traces.rollout, traces.cache, segments, traces.returns, traces.examples)
 
 
-def gradient_moments(config, engine, task, tables, key, path: pathlib.Path) -> tables.Moments:
+def gradient_moments(config, engine, task, key, path: pathlib.Path) -> tables.Moments:
   """Inner products of gradients over resampled rollouts of fixed prompts; read from `path` if it is there."""
   options, size = config.study, config.rollout.group_size
   names = list(options.gradient_estimators)
@@ -262,7 +263,7 @@ def gradient_moments(config, engine, task, tables, key, path: pathlib.Path) -> t
   methods = {spec.partition(":")[0] for spec in names} - {"grpo"}
   add_groups = jax.jit(
     lambda params, rollout, weights, total: gradients.add_groups(
-      params, engine.model, rollout, weights, total, temperature=config.rollout.temperature, part=options.gradient_part
+      params, engine.setting.model, rollout, weights, total, temperature=config.rollout.temperature, part="all"
     ),
     donate_argnums=3,
   )
@@ -272,10 +273,10 @@ def gradient_moments(config, engine, task, tables, key, path: pathlib.Path) -> t
     for first in range(0, options.gradient_groups, options.groups_at_once):
       batch_key = jax.random.fold_in(jax.random.fold_in(key, prompt), first)
       traces = sample_traces(config, engine, [task[prompt]] * (options.groups_at_once * size), batch_key)
-      traces = cut(config, engine, traces, tables, config.segmentation.method)
+      traces = cut(config, engine, traces, config.segmentation.method)
       credit_key = jax.random.fold_in(batch_key, 1)
       batches.append((traces, {name: engine.credit(name, traces, credit_key) for name in sorted(methods)}))
-    products, total = tables.prompt_moments(engine, names, batches, part=options.gradient_part, add_groups=add_groups)
+    products, total = tables.prompt_moments(engine, names, batches, part="all", add_groups=add_groups)
     same_group.append(products)
     of_sums.append(np.asarray(total @ total.T, np.float64))
     of_all = of_all + total
@@ -294,13 +295,13 @@ def step_flops(engine, traces, costs, names) -> dict[str, float]:
   one = jax.tree.map(lambda x: x[:1], traces.rollout)
 
   def loss(params):
-    return jnp.sum(gradients.scoring.trace_log_probs(params, engine.model, one, temperature=1.0)[0])
+    return jnp.sum(gradients.scoring.trace_log_probs(params, engine.setting.model, one, temperature=1.0)[0])
 
   base = generated * engine.decode_flops(traces) + flops.count(jax.grad(loss), engine.params)
   return {name: base + costs.get(name.partition(":")[0], {"flops": 0.0})["flops"] for name in names}
 
 
-def of_segmentation(config, task, traces, state_of, prompts, truth, credit_of) -> dict[str, Any]:
+def of_segmentation(config, task, codec, traces, state_of, prompts, truth, credit_of) -> dict[str, Any]:
   """Value quality, size and cost of one way to cut."""
   evidence = tables.evidence_of(traces, state_of, prompts, np.zeros(state_of.shape, bool))
   estimates = {name: credit_of(name, traces) for name in config.study.segmentation_estimators}
@@ -316,13 +317,17 @@ def of_segmentation(config, task, traces, state_of, prompts, truth, credit_of) -
     "values": quality["values"]["all"],
     "differences": quality["differences"]["all"],
     "localisation": tables.localisation(
-      ground_truth.first_wrong_segments(task, traces), traces.num_segments, prompts, rewards, resamples=resamples
+      ground_truth.first_wrong_segments(task, codec, traces),
+      traces.num_segments,
+      prompts,
+      rewards,
+      resamples=resamples,
     ),
     "cost": {name: tables.cost(estimate, len(prompts)) for name, estimate in estimates.items()},
   }
 
 
-def trace_records(task, traces, evidence, truth, estimates, blamed, count: int = 4) -> list[dict[str, Any]]:
+def trace_records(codec, traces, evidence, truth, estimates, blamed, count: int = 4) -> list[dict[str, Any]]:
   """A few traces with every method's credit beside the truth's, failed ones first."""
   rewards, values = evidence.differences(truth.values), evidence.spread(truth.values)
   rows = [row for row in np.flatnonzero(evidence.mask.any(axis=1)) if blamed[row] >= 0]
@@ -335,7 +340,7 @@ def trace_records(task, traces, evidence, truth, estimates, blamed, count: int =
       "prompt": traces.examples[row].question,
       "answer": traces.examples[row].answer,
       "return": float(traces.returns[row]),
-      "segments": [encoding.decode(task.tokenizer, tokens[ids == k].tolist()) for k in range(n)],
+      "segments": [codec.decode(tokens[ids == k].tolist()) for k in range(n)],
       "wrong": int(blamed[row]),
       "true_values": values[row, :n].tolist(),
       "rewards": {"ground_truth": rewards[row, :n].tolist()}

@@ -1,8 +1,8 @@
 """`make demo`: plain GRPO, then RREDCoT, from one warm start, with one table and one report.
 
-    python experiments/demo.py --demo_dir runs/demo             (about 2 minutes on 2 cores)
-    python experiments/demo.py --demo_dir runs/demo --seeds 5    (`make demo-seeds`)
-    python experiments/demo.py --demo_dir runs/demo-llm --grpo configs/demo_llm.py:grpo \
+    python experiments/demo.py --workdir runs/demo             (about 2 minutes on 2 cores)
+    python experiments/demo.py --workdir runs/demo --seeds 5    (`make demo-seeds`)
+    python experiments/demo.py --workdir runs/demo-llm --grpo configs/demo_llm.py:grpo \
         --rredcot configs/demo_llm.py:rredcot                     (the last part of `make demo-llm`)
 
 Both methods deal the same prompts in the same order for each seed. Interrupted,
@@ -15,40 +15,39 @@ import time
 from typing import Any
 
 import numpy as np
-import train
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rredcot_jax.report import comparison, page, statistics
-from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import launch, loop, validation
+from rredcot_jax.train import workdir as workdir_lib
 
 GRPO = config_flags.DEFINE_config_file("grpo", "configs/demo.py:grpo", "The baseline.", lock_config=True)
 RREDCOT = config_flags.DEFINE_config_file("rredcot", "configs/demo.py:rredcot", "The method.", lock_config=True)
-WORKDIR = flags.DEFINE_string("demo_dir", "runs/demo", "Where both runs and the report are written.")
 SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds run: 0 to seeds - 1.", lower_bound=1)
 
 
 def main(_: Any) -> None:
   began = time.perf_counter()
-  root = pathlib.Path(WORKDIR.value)
+  root = pathlib.Path(launch.WORKDIR.value)
   runs: dict[str, list[pathlib.Path]] = {"GRPO": [], "RREDCoT": []}
   for seed in range(SEEDS.value):
     for name, base in (("GRPO", GRPO.value), ("RREDCoT", RREDCOT.value)):
       config = ConfigDict(base.to_dict())
       config.seed = seed
-      config_lib.validate(config)
+      validation.validate(config)
       workdir = root / f"{name.lower()}-{seed}"
       file = config_flags.get_config_filename(flags.FLAGS[name.lower()])
       command = f"python experiments/train.py --config {file} --config.seed={seed}"
-      train.claim_workdir(workdir, config, f"{command} --workdir {workdir}", resume=True)
-      train.run(config, workdir)
+      workdir_lib.claim(workdir, config, f"{command} --workdir {workdir}", resume=True)
+      loop.run(config, workdir)
       runs[name].append(workdir)
 
   results = {name: [comparison.read_run(path) for path in paths] for name, paths in runs.items()}
   figures = compare(results["GRPO"], results["RREDCoT"])
   table = [row(name, results[name], figures) for name in runs]
   page.write_report(
-    {name: paths[0] for name, paths in runs.items()}, root / "page.html",
+    {name: paths[0] for name, paths in runs.items()}, root / "report.html",
     title=f"GRPO and RREDCoT on {RREDCOT.value.task.name}, seed 0", summary=table,
   )  # fmt: skip
   comparison.print_table(table)
@@ -60,7 +59,7 @@ def main(_: Any) -> None:
     f"RREDCoT reached where it ended in {len(reached)} of those"
     + (f", with {np.mean(reached):.2f} of GRPO's rollout tokens." if reached else ".")
   )
-  print(f"report       {root / 'page.html'}")
+  print(f"report       {root / 'report.html'}")
   print(f"checkpoints  {runs['RREDCoT'][0] / 'checkpoints'}")
   print(f"metrics      {runs['RREDCoT'][0] / 'metrics.jsonl'}")
   print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
@@ -70,7 +69,7 @@ def compare(grpo: list[comparison.Run], rredcot: list[comparison.Run]) -> dict[s
   """Every figure of the comparison, a list entry for each seed."""
   ratios = []
   for base, ours in zip(grpo, rredcot, strict=True):
-    # An accuracy that GRPO had before its first token is none that it reached.
+    # Targets that GRPO already met at step 0 are ignored.
     learnt = base.accuracy[-1] > base.accuracy[0]
     needed = comparison.spent_to_reach(ours.tokens, ours.accuracy, base.accuracy[-1]) if learnt else None
     ratios.append(None if needed is None else round(needed / base.tokens[-1], 4))
@@ -105,5 +104,6 @@ def row(name: str, runs: list[comparison.Run], figures: dict[str, Any]) -> dict[
 
 
 if __name__ == "__main__":
+  flags.mark_flag_as_required("workdir")
   logging.set_verbosity(logging.WARNING)
   app.run(main)

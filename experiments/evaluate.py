@@ -30,26 +30,24 @@ from typing import Any
 
 import jax
 import numpy as np
-import train
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from rredcot_jax.data import tasks
 from rredcot_jax.parallel import processes
 from rredcot_jax.report import files, statistics
-from rredcot_jax.train import checkpoint, evaluation, initial, train_step
-from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import differences, evaluation, launch, validation
+from rredcot_jax.train.experiment import Experiment
 
-# --config and --workdir are those of train.py.
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 SAMPLES = flags.DEFINE_integer("samples", 16, "Traces a prompt.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "The JSON file to write.")
 
 
 def main(_: Any) -> None:
-  config, workdir = train.CONFIG.value, train.WORKDIR.value
-  config_lib.validate(config)
-  train.join_processes(config)
+  config, workdir = CONFIG.value, launch.WORKDIR.value
+  validation.validate(config)
+  launch.join_processes(config)
   figures = run(config, workdir and pathlib.Path(workdir), samples=SAMPLES.value, output=pathlib.Path(OUTPUT.value))
   if processes.is_main():
     print_table(figures)
@@ -59,40 +57,37 @@ def main(_: Any) -> None:
 def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, output: pathlib.Path) -> dict[str, Any]:
   """Evaluates, resuming what `output` has begun, and writes the figures; see the module's docstring."""
   # ---- Task, model, parameters -------------------------------------------------------------
-  task_options = config_lib.task_options(config, "eval")
-  task = tasks.make_task(**task_options)
+  experiment = Experiment(config)
   num_prompts, rows = config.evaluation.num_prompts, config.evaluation.rows
   if num_prompts < 2:
     raise ValueError(f"evaluation.num_prompts={num_prompts} must be at least 2: intervals are over prompts.")
-  model = config_lib.model_config(config, len(task.tokenizer))
-  mesh, rollout_mesh = config_lib.meshes(config)
   start_key, eval_key = jax.random.split(jax.random.key(config.seed))
   if workdir is not None:
-    step, params = checkpoint.restore_run(workdir, model, mesh, vocab_size=len(task.tokenizer))
+    step, params = experiment.restore_params(workdir)
   elif config.initial_params:
-    step, params = 0, initial.start_params(config.initial_params, model, mesh, start_key)
+    step, params = 0, experiment.start_params(start_key)
   else:
     raise ValueError("this configuration starts at random: give --workdir of a run, or set initial_params.")
-  params = train_step.for_rollouts(model, mesh, rollout_mesh)(params)
+  params = experiment.rollout_steps.params(params)
 
   # ---- Traces ------------------------------------------------------------------------------
   settings = {
     "params": str(workdir or config.initial_params),
     "step": step,
-    "task": task_options,
+    "task": experiment.task_options("eval"),
     "num_prompts": num_prompts,
     "samples": samples,
     "rows": rows,
     "seed": config.seed,
-    "rollout": train.rollout_options(config),
+    "rollout": {"max_prompt_tokens": config.rollout.max_prompt_tokens, **experiment.sampling_options},
   }
   if processes.is_main():
     output.parent.mkdir(parents=True, exist_ok=True)
   traces = output.with_name(output.name + ".traces.jsonl")
   judged = claim_traces(traces, settings)
   batches = evaluation.judged_batches(
-    params, model, task, rollout_mesh, eval_key, num_prompts=num_prompts, samples=samples, rows=rows, first=len(judged),
-    **train.rollout_options(config),
+    params, experiment.model, experiment.held_out, experiment.codec, experiment.rollout_mesh, eval_key,
+    num_prompts=num_prompts, samples=samples, rows=rows, first=len(judged), **settings["rollout"],
   )  # fmt: skip
   # All processes hold every judgement; the first one writes them.
   with (
@@ -128,7 +123,7 @@ def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluatio
   text = path.read_text(encoding="utf-8") if path.exists() else ""
   lines = text.split("\n")[:-1]  # What follows the last newline was cut off.
   if lines:
-    differing = config_lib.differences(json.loads(lines[0])["settings"], json.loads(header)["settings"])
+    differing = differences.differences(json.loads(lines[0])["settings"], json.loads(header)["settings"])
     if differing:
       raise ValueError(f"{path} holds another evaluation: {', '.join(differing)}. Choose another --output.")
     judged = [evaluation.Judged(**json.loads(line)) for line in lines[1:]]

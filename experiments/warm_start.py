@@ -1,14 +1,15 @@
 """Supervised warm start: trains a model on a task's corpus and writes its parameters.
 
-    python experiments/warm_start.py --config configs/demo.py --output rredcot_jax/assets/chain_warm_start.safetensors
+    python experiments/warm_start.py --config configs/demo.py --output rredcot_jax/assets/chain/warm_start.safetensors
     python experiments/warm_start.py --config configs/demo_llm.py --output runs/demo-llm/start
 
-For `chain` the corpus is the sloppy teacher's, for other tasks the reference
-solutions. An output named `*.safetensors` is one file of ours, any other a
-directory in Hugging Face's format. Interrupted, the same command goes on from
-its last checkpoint (in `<output>.checkpoints`); finished, it does nothing. Ends
-by printing the sampled accuracy on held-out prompts, and that of what it
-started from if that was a checkpoint, as one JSON object on the last line.
+The corpus is what the task's teacher writes, or the reference solutions of a task
+without one. An output named `*.safetensors` is one file of ours; it is written once,
+at the end. Any other output is a directory in Hugging Face's format. A start from a
+checkpoint saves its progress in `<output>.checkpoints`, so that the same command goes
+on after an interruption; a start at random begins anew. Ends by printing the sampled
+accuracy on held-out prompts, and that of what it started from if that was a checkpoint,
+as one JSON object on the last line.
 """
 
 import functools
@@ -22,11 +23,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from rredcot_jax.data import batching, tasks
+from rredcot_jax.data import batching
 from rredcot_jax.model import huggingface
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train import checkpoint, evaluation, initial, train_step
-from rredcot_jax.train import config as config_lib
+from rredcot_jax.train.experiment import Experiment
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 OUTPUT = flags.DEFINE_string("output", None, "The safetensors file or directory to write.")
@@ -41,27 +42,25 @@ def main(_) -> None:
     print(figures_path.read_text(encoding="utf-8"))
     return
   start, rollout = config.warm_start, config.rollout
-  task = tasks.make_task(**config_lib.task_options(config, "train"))
-  held_out = tasks.make_task(**config_lib.task_options(config, "eval"))
-  model = config_lib.model_config(config, len(task.tokenizer))
+  experiment = Experiment(config)
+  task, codec, model, mesh = experiment.train_task, experiment.codec, experiment.model, experiment.mesh
 
   # ---- State -------------------------------------------------------------------------------
-  mesh = sharding.make_mesh(**config.mesh)
   optimizer = train_step.make_optimizer(
     learning_rate=start.learning_rate, warmup_steps=start.num_steps // 20, decay_steps=start.num_steps,
     weight_decay=config.optimizer.weight_decay, max_grad_norm=config.optimizer.max_grad_norm,
   )  # fmt: skip
-  params = initial.start_params(start.initial_params, model, mesh, jax.random.key(config.seed))
+  params = experiment.start_params(jax.random.key(config.seed), start.initial_params)
   state = jax.jit(lambda p: train_step.init_state(p, optimizer))(params)
   update = jax.jit(functools.partial(train_step.supervised_update, config=model, optimizer=optimizer), donate_argnums=0)
-  saver = checkpoint.Checkpointer(output.with_name(output.name + ".checkpoints"), keep=2)
+  saver = checkpoint.Checkpointer(output.with_name(output.name + ".checkpoints"))
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
   def accuracy(params) -> dict[str, float]:
     return evaluation.evaluate(
-      params, model, held_out, mesh, jax.random.key(config.seed), num_prompts=config.evaluation.num_prompts,
-      samples=config.evaluation.samples, rows=config.evaluation.rows, max_prompt_tokens=rollout.max_prompt_tokens,
-      max_tokens=rollout.max_tokens, temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p,
+      params, model, experiment.held_out, codec, mesh, jax.random.key(config.seed),
+      num_prompts=config.evaluation.num_prompts, samples=config.evaluation.samples, rows=config.evaluation.rows,
+      max_prompt_tokens=rollout.max_prompt_tokens, **experiment.sampling_options,
     )  # fmt: skip
 
   # ---- Resume ------------------------------------------------------------------------------
@@ -77,9 +76,8 @@ def main(_) -> None:
   progress = tqdm(range(first, start.num_steps), initial=first, total=start.num_steps, desc="warm start")
   for step in progress:
     batch = batching.supervised_batch(
-      task, np.random.default_rng([config.seed, step]), batch_size=start.batch_size,
+      task, codec, np.random.default_rng([config.seed, step]), batch_size=start.batch_size,
       max_prompt_tokens=rollout.max_prompt_tokens, max_tokens=rollout.max_tokens,
-      wrong_share=start.wrong_share, early_share=start.early_share,
     )  # fmt: skip
     state, metrics = update(state, sharding.put_batch(mesh, batch))
     if start.initial_params and (step + 1) % _CHECKPOINT_EVERY == 0:
@@ -91,7 +89,7 @@ def main(_) -> None:
   if output.suffix == ".safetensors":
     initial.save_params(state.params, output)
   else:
-    huggingface.save(model, state.params, output, tokenizer=task.tokenizer)
+    huggingface.save(model, state.params, output, tokenizer=codec.tokenizer)
   figures = {"output": str(output), **accuracy(state.params)}
   figures |= {f"before/{name}": value for name, value in before.items()}
   saver.close()

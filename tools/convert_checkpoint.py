@@ -18,12 +18,11 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from rredcot_jax.data import tasks
 from rredcot_jax.model import decoder, huggingface
 from rredcot_jax.model.tokenizer import load_tokenizer
-from rredcot_jax.parallel import sharding
-from rredcot_jax.train import checkpoint
-from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import workdir as workdir_lib
+from rredcot_jax.train.config import default_config
+from rredcot_jax.train.experiment import Experiment
 
 SOURCE = flags.DEFINE_string("source", None, "A directory, a .gguf file, package:NAME, or a work directory.")
 OUTPUT = flags.DEFINE_string("output", None, "The directory to write.")
@@ -70,11 +69,11 @@ def is_workdir(path: pathlib.Path) -> bool:
 
 def load_run(workdir: pathlib.Path):
   """The newest checkpoint of a run: its sizes, parameters and tokenizer."""
-  config = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"])
-  tokenizer = tasks.make_task(**config_lib.task_options(config, "train")).tokenizer
-  model = config_lib.model_config(config, len(tokenizer))
-  _, params = checkpoint.restore_run(workdir, model, sharding.make_mesh(), vocab_size=len(tokenizer))
-  return model, params, tokenizer
+  config = ConfigDict(workdir_lib.read(workdir)["config"])
+  # Whatever the run was laid out on, it is read on the devices that are here.
+  config.mesh, config.rollout_mesh = default_config().mesh, default_config().rollout_mesh
+  experiment = Experiment(config)
+  return experiment.model, experiment.restore_params(workdir)[1], experiment.codec.tokenizer
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from rredcot_jax.data import tasks
+from rredcot_jax.cost import hlo
 from rredcot_jax.ops.names import check_option
 from rredcot_jax.parallel import sharding
-from rredcot_jax.train import config as config_lib
-from rredcot_jax.train import programs as costs
+from rredcot_jax.train import programs as programs_lib
+from rredcot_jax.train.experiment import Experiment
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x4", "Generation and shape of the slice, such as v5e:8x8.")
@@ -53,17 +53,15 @@ SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch and the chea
 
 def main(_: Any) -> None:
   config = CONFIG.value
-  config_lib.validate(config)
-  check_option("generation of --topology", TOPOLOGY.value.split(":")[0], tuple(costs.CHIPS))
+  check_option("generation of --topology", TOPOLOGY.value.split(":")[0], tuple(hlo.CHIPS))
   devices = devices_of(TOPOLOGY.value)
-  vocab_size = vocabulary(config)
   if SEARCH.value:
-    found = search(config, vocab_size, devices)
+    found = search(config, devices)
     if found is None:
       print(json.dumps({"topology": TOPOLOGY.value, "fits": False}))
       sys.exit(1)
     config = found
-  result = compile_all(config, vocab_size, devices, PROGRAMS.value)
+  result = compile_all(config, devices, PROGRAMS.value)
   result = {"topology": TOPOLOGY.value, "chips": len(devices), **settings(config), **result}
   show(result)
   print(json.dumps(result))
@@ -77,11 +75,6 @@ def devices_of(topology: str) -> Any:
   return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
-def vocabulary(config: ConfigDict) -> int:
-  """The model's words: configured, or the tokenizer's."""
-  return config.model.vocab_size or len(tasks.make_task(**config_lib.task_options(config, "train")).tokenizer)
-
-
 def settings(config: ConfigDict) -> dict[str, Any]:
   axes = lambda mesh: {axis: mesh[axis] for axis in sharding.AXES}
   return {
@@ -93,13 +86,12 @@ def settings(config: ConfigDict) -> dict[str, Any]:
   }
 
 
-def compile_all(config: ConfigDict, vocab_size: int, devices: Any, names: list[str]) -> dict[str, Any]:
+def compile_all(config: ConfigDict, devices: Any, names: list[str]) -> dict[str, Any]:
   """Compiles the programs; a dict of plain numbers, bytes and FLOPs a chip."""
-  chip = costs.CHIPS[TOPOLOGY.value.split(":")[0]]
-  model = config_lib.model_config(config, vocab_size)
-  state, _ = costs.abstract_state(config, model, config_lib.meshes(config, devices)[0])
-  resident = costs.bytes_a_chip(state)
-  programs = costs.programs(config, vocab_size, devices)
+  chip = hlo.CHIPS[TOPOLOGY.value.split(":")[0]]
+  experiment = Experiment(config, devices=devices)
+  resident = programs_lib.bytes_a_chip(experiment.abstract_params_state)
+  programs = programs_lib.programs(experiment)
   result: dict[str, Any] = {"hbm": chip.hbm, "train_state": resident, "programs": {}}
   for name in (name for name in programs if name in names):
     beside = 0 if name == "update" else resident
@@ -112,9 +104,9 @@ def compile_all(config: ConfigDict, vocab_size: int, devices: Any, names: list[s
       result["programs"][name] = {"fits": False, "needs": needed(str(error)), "resident": beside}
       continue
     seconds = time.perf_counter() - began
-    counts = costs.count(compiled.as_text())
+    counts = hlo.count(compiled.as_text())
     once = compiled.cost_analysis() or {}
-    memory = costs.memory(compiled)
+    memory = hlo.memory(compiled)
     # XLA counts the bytes of a loop's body once; they are scaled as the arithmetic is, which it also counts once.
     products = counts.flops - counts.kernel_flops
     traffic = once.get("bytes accessed", 0.0) * max(products / max(once.get("flops", 0.0), 1.0), 1.0)
@@ -131,7 +123,7 @@ def compile_all(config: ConfigDict, vocab_size: int, devices: Any, names: list[s
       "hbm_bytes": traffic,
       "collective_bytes": dict(counts.collective_bytes),
       "collective_calls": dict(counts.collective_calls),
-      "floor_seconds": costs.floors(counts, traffic, chip),
+      "floor_seconds": hlo.floors(counts, traffic, chip),
       "compile_seconds": round(seconds, 1),
     }
   result["fits"] = all(program["fits"] for program in result["programs"].values())
@@ -163,7 +155,7 @@ def show(result: dict[str, Any]) -> None:
   row("  of them in kernels", lambda one: f"{one['kernel_flops'] / 1e12:.3g}")
   row("HBM traffic, GB (rough)", lambda one: f"{one['hbm_bytes'] / 1e9:.3g}")
   row("FLOP a byte", lambda one: f"{one['flops'] / max(one['hbm_bytes'], 1):.3g}")
-  for kind in costs.COLLECTIVES:
+  for kind in hlo.COLLECTIVES:
     if any(one and one["collective_calls"].get(kind) for one in done):
       row(
         f"{kind}, GB (calls)",
@@ -176,16 +168,16 @@ def show(result: dict[str, Any]) -> None:
   row("compiled in, s", lambda one: f"{one['compile_seconds']:.1f}")
 
 
-def search(config: ConfigDict, vocab_size: int, devices: Any) -> ConfigDict | None:
+def search(config: ConfigDict, devices: Any) -> ConfigDict | None:
   """The configuration with the largest batch that fits and the cheapest remat policy and microbatches for it."""
-  mesh, _ = config_lib.meshes(config, devices)
+  mesh = Experiment(config, devices=devices).mesh
 
   def fits(names: list[str], changes: dict[str, Any]) -> bool:
-    result = compile_all(changed(config, changes), vocab_size, devices, names)
+    result = compile_all(changed(config, changes), devices, names)
     print(f"  {', '.join(names)} with {changes}: {'fits' if result['fits'] else 'does not fit'}", flush=True)
     return result["fits"]
 
-  found = costs.search(
+  found = programs_lib.search(
     fits, config.rollout.prompts_per_step, group_size=config.rollout.group_size,
     row_parts=mesh.shape["data"] * mesh.shape["fsdp"],
   )  # fmt: skip

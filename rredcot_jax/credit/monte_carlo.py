@@ -18,6 +18,8 @@ import chex
 import jax
 import numpy as np
 
+from rredcot_jax.credit import source
+from rredcot_jax.data import judging
 from rredcot_jax.data.judging import Judge
 from rredcot_jax.model import continuations, decoder
 from rredcot_jax.model.config import ModelConfig
@@ -204,3 +206,38 @@ def _ask(judge: Judge, traces: list[tuple[int, tuple[int, ...]]]) -> np.ndarray:
   if rewards.shape != (len(traces),) or not np.isfinite(rewards).all():
     raise ValueError(f"the judge was asked for {len(traces)} finite rewards and gave {rewards.shape}: {rewards}.")
   return rewards
+
+
+class MonteCarlo(source.Source):
+  """Values of states by a few generated continuations each (VinePPO, arXiv 2410.01679)."""
+
+  name = "monte_carlo"
+  needs = frozenset({"cache", "verifier"})
+  estimates_values = True
+
+  def __init__(self, setting: source.Setting, *, samples: int = 9, workers: int = 1):
+    """`samples`: continuations a state, VinePPO's number; `workers`: threads that judge them."""
+    super().__init__(setting)
+    for name, value in (("samples", samples), ("workers", workers)):
+      if value < 1:
+        raise ValueError(f"credit.options.{name}={value} must be at least 1.")
+    self._samples, self._workers = samples, workers
+
+  def assign(self, batch: source.Batch) -> source.Found:
+    """See `Source.assign`; the verifier judges what was generated."""
+    setting = self.setting
+    of_row = dict(zip(batch.rows.tolist(), batch.examples, strict=True))
+    found = values_by_generation(
+      batch.params, setting.model, batch.cache, batch.rollout, batch.segments, batch.returns, batch.key,
+      judging.judge_of(setting.task, setting.codec, of_row), k=self._samples, workers=self._workers, mesh=setting.mesh,
+      chunk_size=setting.chunk_size, **setting.generation,
+    )  # fmt: skip
+    sizes = np.where(found.exists, np.float32(found.num_samples), np.float32(0))
+    values, sizes = setting.put((found.state_values[batch.rows], sizes[batch.rows]))
+    return source.Found(
+      values=values,
+      sample_sizes=sizes,
+      token_forwards=found.computed_tokens,
+      generated_tokens=found.generated_tokens,
+      metrics={"verifier_calls": found.judged, "generation_seconds": found.generation_seconds},
+    )

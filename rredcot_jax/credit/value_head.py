@@ -19,19 +19,24 @@ advantages (`advantages.generalised_advantages`, arXiv 1506.02438). What is our 
 Generates nothing; costs one more pass over prompt and trace.
 """
 
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
+from rredcot_jax.credit import source
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.ops import types
+from rredcot_jax.ops import advantages, types
 from rredcot_jax.ops.masked import masked_mean
+from rredcot_jax.parallel import sharding
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ValueHead:
   """The read-out's parameters."""
 
@@ -39,7 +44,8 @@ class ValueHead:
   bias: chex.Array  # [] float32.
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Critic:
   """All that learning the values changes; part of the train state."""
 
@@ -112,3 +118,95 @@ def update(
   spread = masked_mean((targets - masked_mean(targets, mask)) ** 2, mask)
   explained = jnp.where(spread > 0, 1 - 2 * losses[0] / jnp.where(spread > 0, spread, 1.0), 0.0)
   return learnt, {"critic_loss": losses[0], "critic_explained_variance": explained}
+
+
+class Critique(source.Source):
+  """PPO's token advantages from a learned critic."""
+
+  name = "value_head"
+  modes = ("difference",)
+  needs = frozenset({"state"})
+  estimates_values = True
+
+  def __init__(
+    self,
+    setting: source.Setting,
+    *,
+    learning_rate: float = 1e-2,
+    updates_per_rollout: int = 8,
+    initial_value: float = 0.5,
+    decay: float = 0.95,
+  ):
+    """
+    Args:
+      setting: see `source.Setting`.
+      learning_rate: of the critic alone.
+      updates_per_rollout: steps of its regression on each batch.
+      initial_value: what it values every state at before it has learnt.
+      decay: lambda of generalised advantage estimation, in [0, 1].
+    """
+    super().__init__(setting)
+    if not 0 <= decay <= 1:
+      raise ValueError(f"credit.options.decay={decay} must be in [0, 1].")
+    if updates_per_rollout < 1:
+      raise ValueError(f"credit.options.updates_per_rollout={updates_per_rollout} must be at least 1.")
+    if not 0 < learning_rate < float("inf"):
+      raise ValueError(f"credit.options.learning_rate={learning_rate} must be a finite number above 0.")
+    self._optimizer = make_optimizer(learning_rate=learning_rate)
+    self._num_updates, self._initial_value, self._decay = updates_per_rollout, initial_value, decay
+    replicated = None if setting.mesh is None else sharding.replicated(setting.mesh)
+    self._learn = jax.jit(self._assign, out_shardings=(None, None, replicated, None))
+
+  @classmethod
+  def why_not(cls, mode: str) -> str:
+    """See `Source.why_not`."""
+    return "its advantages are PPO's, one a token, with no sigma"
+
+  def init_state(self) -> Critic:
+    """The critic before it has learnt."""
+    return init(self.setting.model.width, self._optimizer, initial_value=self._initial_value)
+
+  def _assign(
+    self,
+    params: decoder.Params,
+    critic: Critic,
+    rollout: types.Rollout,
+    segments: types.Segments,
+    returns: chex.Array,
+  ) -> tuple[chex.Array, chex.Array, Critic, dict[str, chex.Array]]:
+    """Values at the segments' cuts, token advantages, the next critic and its metrics; pure.
+
+    The advantages are made token by token by the critic as it was before this batch. The values
+    at the cuts are for reports.
+    """
+    hidden = features(params, self.setting.model, rollout)
+    values_t = jnp.where(rollout.mask, predict(critic.head, hidden), 0.0)
+    estimate = functools.partial(advantages.generalised_advantages, decay=self._decay)
+    token_advantages = jax.vmap(estimate)(values_t, returns, rollout.mask)
+    # A segment that does not exist starts at the trace's end, which may be T.
+    cuts = jnp.minimum(segments.starts, values_t.shape[1] - 1)
+    at_cuts = jnp.where(segments.mask, jnp.take_along_axis(values_t, cuts, axis=1), 0.0)
+    learnt, metrics = update(
+      critic, hidden, returns, rollout.mask, optimizer=self._optimizer, num_updates=self._num_updates
+    )
+    return at_cuts, token_advantages, learnt, metrics
+
+  def assign(self, batch: source.Batch) -> source.Found:
+    """See `Source.assign`.
+
+    Raises:
+      ValueError: if the batch has no critic.
+    """
+    if batch.state is None:
+      raise ValueError("credit.source='value_head' needs its critic, which lives in the train state.")
+    returns = self.setting.put(batch.returns[batch.rows])
+    values, token_advantages, critic, metrics = self._learn(
+      batch.params, batch.state, batch.rollout, batch.segments, returns
+    )
+    return source.Found(
+      values=values,
+      advantages=token_advantages,
+      state=critic,
+      token_forwards=len(batch.returns) * (batch.rollout.prompt_tokens.shape[1] + batch.rollout.tokens.shape[1]),
+      metrics=metrics,
+    )

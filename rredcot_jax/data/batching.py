@@ -5,15 +5,14 @@ its state is a small JSON object that a checkpoint carries.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import grain
 import numpy as np
-import transformers
 
-from rredcot_jax.data import chain, encoding, tasks
-from rredcot_jax.ops import banks, segmentation, types
+from rredcot_jax.data import tasks
+from rredcot_jax.data.encoding import Codec
+from rredcot_jax.ops import types
 
 
 def pad(rows: Sequence[Sequence[int]], width: int, *, side: str, pad_id: int, what: str) -> tuple:
@@ -42,10 +41,10 @@ def pad(rows: Sequence[Sequence[int]], width: int, *, side: str, pad_id: int, wh
   return tokens, mask
 
 
-def prompt_arrays(task: tasks.Task, examples: Sequence[tasks.Example], width: int) -> tuple:
+def prompt_arrays(codec: Codec, examples: Sequence[tasks.Example], width: int) -> tuple:
   """Left-padded prompts: [B, width] int32 tokens and [B, width] bool mask."""
-  rows = [encoding.prompt_ids(task.tokenizer, example) for example in examples]
-  return pad(rows, width, side="left", pad_id=task.tokenizer.pad_token_id, what="prompt")
+  rows = [codec.prompt_ids(example) for example in examples]
+  return pad(rows, width, side="left", pad_id=codec.pad_id, what="prompt")
 
 
 def prompt_iterator(task: tasks.Task, batch_size: int, seed: int) -> grain.DatasetIterator:
@@ -75,37 +74,35 @@ def prompt_iterator(task: tasks.Task, batch_size: int, seed: int) -> grain.Datas
 
 def supervised_batch(
   task: tasks.Task,
+  codec: Codec,
   rng: np.random.Generator,
   *,
   batch_size: int,
   max_prompt_tokens: int,
   max_tokens: int,
-  wrong_share: float,
-  early_share: float,
 ) -> types.TrainBatch:
-  """Traces to imitate: the sloppy teacher's for `chain`, reference solutions elsewhere.
+  """Traces to imitate: those of the task's teacher if it has one, else the reference solutions.
 
   Args:
     task: where examples are drawn from, uniformly.
+    codec: the model's.
     rng: all the randomness.
     batch_size: B.
     max_prompt_tokens, max_tokens: P and T.
-    wrong_share, early_share: see `chain.teacher_trace`; read for `chain` alone.
 
   Returns:
     TrainBatch with numpy fields [B, ...]; what a supervised update does not read is 0.
   """
   examples = [task[int(i)] for i in rng.integers(len(task), size=batch_size)]
+  teacher = tasks.teacher_of(task)
   traces = []
   for example in examples:
-    if isinstance(task, chain.Chain):
-      text = chain.teacher_trace(example, rng, wrong_share=wrong_share, early_share=early_share)
-      thought, _, answer = text.partition(encoding.THINK_CLOSE)
-      example = dataclasses.replace(example, steps=(thought,), answer=answer)
-    steps = [token for step in encoding.solution_ids(task.tokenizer, example) for token in step]
-    traces.append([*steps, *encoding.exit_ids(task.tokenizer), *encoding.answer_ids(task.tokenizer, example)])
-  prompt_tokens, prompt_mask = prompt_arrays(task, examples, max_prompt_tokens)
-  tokens, mask = pad(traces, max_tokens, side="right", pad_id=task.tokenizer.pad_token_id, what="trace")
+    trace = teacher(example, rng)
+    imitated = dataclasses.replace(example, steps=tuple(trace.steps), answer=trace.answer)
+    thought = [token for step in codec.solution_ids(imitated) for token in step]
+    traces.append([*thought, *codec.exit_ids, *codec.answer_ids(imitated)])
+  prompt_tokens, prompt_mask = prompt_arrays(codec, examples, max_prompt_tokens)
+  tokens, mask = pad(traces, max_tokens, side="right", pad_id=codec.pad_id, what="trace")
   zeros = np.zeros(tokens.shape, np.float32)
   return types.TrainBatch(
     prompt_tokens=prompt_tokens,
@@ -117,22 +114,3 @@ def supervised_batch(
     reference_log_probs=zeros,
     advantages=zeros,
   )
-
-
-def references(task: tasks.Task, examples: Sequence[tasks.Example]) -> list[banks.Reference]:
-  """Each example's reference solution and answer as token ids, for the banks."""
-  tokenizer = task.tokenizer
-  leave = encoding.exit_ids(tokenizer)
-  return [
-    banks.Reference(encoding.solution_ids(tokenizer, example), leave, encoding.answer_ids(tokenizer, example))
-    for example in examples
-  ]
-
-
-@functools.lru_cache(maxsize=4)
-def vocab_tables(tokenizer: transformers.PreTrainedTokenizerFast) -> segmentation.VocabTables:
-  """Segmentation's view of a vocabulary, made once a tokenizer; each keyword in both spellings that open a word."""
-  spellings = [spelling for word in segmentation.KEYWORDS for spelling in (word, " " + word)]
-  encoded = [tokenizer.encode(s, add_special_tokens=False, split_special_tokens=True) for s in spellings]
-  known = [ids for ids in encoded if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids]
-  return segmentation.vocab_tables(encoding.token_texts(tokenizer), known)

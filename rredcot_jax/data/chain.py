@@ -18,18 +18,14 @@ and answer at once, so that the policy's belief in the answer is meaningful
 from a partial thought.
 """
 
-import pathlib
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
-import transformers
 
 from rredcot_jax.data import encoding, tasks, verifiers
-from rredcot_jax.model.tokenizer import load_tokenizer
-from rredcot_jax.ops import types
+from rredcot_jax.ops import names
 
-TOKENIZER = pathlib.Path(__file__).parent.parent / "assets" / "chain_tokenizer"
 OPERATIONS = (*(f"{s}{d}" for s in "+-" for d in range(1, 10)), "*3", "*7", "*9")
 SPLITS = ("train", "eval")
 
@@ -86,14 +82,31 @@ class Chain:
 
   name = "chain"
 
-  def __init__(self, *, split: str, size: int = 1 << 20, num_steps: int = 8, seed: int = 0):
-    types.check_option("split", split, SPLITS)
+  def __init__(
+    self,
+    *,
+    split: str,
+    size: int = 1 << 20,
+    num_steps: int = 8,
+    seed: int = 0,
+    wrong_share: float = 0.08,
+    early_share: float = 0.15,
+  ):
+    """
+    Args:
+      split: "train" or "eval".
+      size: number of examples.
+      num_steps: operations of a question.
+      seed: of the questions.
+      wrong_share, early_share: of the teacher, see `teacher_trace`.
+    """
+    names.check_option("split", split, SPLITS)
     if size < 1:
       raise ValueError(f"chain: size={size} yields no prompt; give at least 1.")
     if num_steps < 1:
       raise ValueError(f"chain: num_steps={num_steps} must be at least 1.")
     self.split, self.size, self.num_steps, self.seed = split, size, num_steps, seed
-    self.tokenizer: transformers.PreTrainedTokenizerFast = load_tokenizer(TOKENIZER)
+    self._wrong_share, self._early_share = wrong_share, early_share
 
   def __len__(self) -> int:
     return self.size
@@ -112,6 +125,20 @@ class Chain:
   def reward(self, example: tasks.Example, text: str) -> float:
     """1 if the answer after the last `</think>` is the gold one to the letter, else 0."""
     return verifiers.exact_match(text, example.answer)
+
+  def teacher_trace(self, example: tasks.Example, rng: np.random.Generator) -> tasks.Trace:
+    """A trace of the sloppy teacher; see the function of this name."""
+    text = teacher_trace(example, rng, wrong_share=self._wrong_share, early_share=self._early_share)
+    thought, _, answer = text.partition(encoding.THINK_CLOSE)
+    return tasks.Trace((thought,), answer)
+
+  def first_wrong_step(self, example: tasks.Example, text: str) -> int | None:
+    """See the function of this name."""
+    return first_wrong_step(example, text)
+
+  def answer_stated(self, example: tasks.Example, text: str) -> bool:
+    """Whether all steps are written: a digit alone says nothing about the answer before."""
+    return text.count("\n") >= len(example.steps)
 
 
 def make_example(start: int, operations: Sequence[str]) -> tasks.Example:

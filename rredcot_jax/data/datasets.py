@@ -44,10 +44,8 @@ from rredcot_jax.data import verifiers
 from rredcot_jax.data.encoding import THINK_CLOSE
 from rredcot_jax.data.reasoning_gym import split_of
 from rredcot_jax.data.tasks import Example
-from rredcot_jax.model.tokenizer import load_tokenizer
-from rredcot_jax.ops import types
+from rredcot_jax.ops import names
 
-TOKENIZER_DIR = pathlib.Path(__file__).parent.parent / "assets" / "gsm_symbolic_tokenizer"
 SPLITS = ("train", "eval")
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations, as in `48/2 = <<48/2=24>>24`.
@@ -133,8 +131,6 @@ class Dataset:
       instead of raising.
     limit: at most so many examples, the first in the file's order; None for all.
     cache_dir: where the ArrayRecord files go; `<data_dir>/.tfds` if None.
-    tokenizer_dir: of a tokenizer in Hugging Face's format.
-    chat: whether the tokenizer's chat template wraps the question.
     instruction: what is asked for beside the question, such as "Put your final answer
       within \\boxed{}."; a line of its own after every question, "" for none.
 
@@ -161,8 +157,6 @@ class Dataset:
     skip_without_answer: bool = False,
     limit: int | None = None,
     cache_dir: str | pathlib.Path | None = None,
-    tokenizer_dir: str | pathlib.Path = TOKENIZER_DIR,
-    chat: bool = True,
     instruction: str = "",
   ):
     if limit is not None and limit < 1:
@@ -180,7 +174,6 @@ class Dataset:
       cache_dir=cache_dir,
     )
     self.name = f"dataset/{dataset}"
-    self.tokenizer = load_tokenizer(tokenizer_dir, chat=chat)
     self.counts: dict[str, int] = dict(builder.info.metadata)
     self._match = verifiers.VERIFIERS[matcher]
     self._format_weight = format_weight
@@ -498,9 +491,9 @@ def prepare(
 
   Args and raises: see `Dataset`.
   """
-  types.check_option("dataset", dataset, tuple(SCHEMAS))
-  types.check_option("split", split, SPLITS)
-  types.check_option("matcher", matcher, tuple(verifiers.VERIFIERS))
+  names.check_option("dataset", dataset, tuple(SCHEMAS))
+  names.check_option("split", split, SPLITS)
+  names.check_option("matcher", matcher, tuple(verifiers.VERIFIERS))
   schema = SCHEMAS[dataset]
   train_file, eval_file = train_file or schema.train_file, eval_file or schema.eval_file
   file_split = train_file if split == "train" else eval_file

@@ -1,25 +1,28 @@
-"""Text becomes token ids, and token ids text, here and nowhere else.
+"""Text becomes token ids, and token ids become text, here and nowhere else.
 
 A trace is laid out as
 
     question <think> step_1 .. step_n </think> answer <eos>
 
-of which `prompt_ids` makes the part up to and including `<think>`, and the
-policy writes the rest. Each piece is encoded on its own and the ids are joined,
-never the texts, so that every boundary between pieces is a token position. A
-tokenizer with a chat template has the question wrapped in it, up to where the
-assistant speaks; a tokenizer without the markers writes them as plain text.
+`Codec.prompt_ids` makes the part up to and including `<think>`, and the policy writes the rest. Each
+piece is encoded on its own and the ids are joined, never the texts, so every boundary between pieces
+is a token position. A tokenizer with a chat template has the question wrapped in it, up to where the
+assistant speaks. A tokenizer without the markers writes them as plain text.
 
-A question may hold any text. It is encoded so that no marker or special token
-written in it becomes the token of that name: only this file puts those in.
+A question may hold any text. It is encoded so that no marker or special token written in it becomes
+the token of that name: only this file puts those in.
 """
 
+import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 
+import numpy as np
 import transformers
 
 from rredcot_jax.data.tasks import Example
+from rredcot_jax.ops import banks, segmentation, types
 
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
@@ -30,73 +33,122 @@ _INSIDE_MARKER = re.compile("(?<=<)(?=think>|/think>)")
 _PLACEHOLDER = "\ue000question\ue000"
 
 
-def prompt_ids(tokenizer: transformers.PreTrainedTokenizerFast, example: Example) -> list[int]:
-  """Ids of the question, in the tokenizer's chat template if it has one, then of the marker that opens the thought."""
-  before, after = _frame(tokenizer)
-  return [*before, *_encode(tokenizer, example.question), *after]
+@dataclasses.dataclass(frozen=True)
+class Codec:
+  """A model's tokenizer and how a response is written with it.
 
-
-def solution_ids(tokenizer: transformers.PreTrainedTokenizerFast, example: Example) -> list[list[int]]:
-  """Ids of the reference solution, one list a step; [] where there is none."""
-  return [_encode(tokenizer, step) for step in example.steps]
-
-
-def answer_ids(tokenizer: transformers.PreTrainedTokenizerFast, example: Example) -> list[int]:
-  """Ids of the gold answer, then the end-of-sequence token."""
-  return [*_encode(tokenizer, example.answer), tokenizer.eos_token_id]
-
-
-def exit_ids(tokenizer: transformers.PreTrainedTokenizerFast) -> list[int]:
-  """Ids of the marker that leaves the thought."""
-  return _marker_ids(tokenizer, THINK_CLOSE)
-
-
-def token_texts(tokenizer: transformers.PreTrainedTokenizerFast) -> list[str]:
-  """The text of every id in [0, len(tokenizer)), special tokens as their literal.
-
-  A byte-level token that is not valid UTF-8 on its own reads as U+FFFD; an id
-  that the vocabulary leaves out reads as "".
+  Attributes:
+    tokenizer: the model's. It has an end-of-sequence and a padding token (see `model.tokenizer.load_tokenizer`).
+    chat: whether the tokenizer's chat template, if it has one, wraps the question.
   """
-  return [decode(tokenizer, [token]) for token in range(len(tokenizer))]
 
+  tokenizer: transformers.PreTrainedTokenizerFast
+  chat: bool = True
 
-def decode(tokenizer: transformers.PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
-  """The text of `ids`, special tokens as their literal; for verifiers and reports only.
+  @property
+  def vocab_size(self) -> int:
+    """The number of token ids that the tokenizer knows."""
+    return len(self.tokenizer)
 
-  Never raises: ids outside the vocabulary are left out, broken UTF-8 reads as
-  U+FFFD. Its result must not be encoded again: that is not the inverse.
-  """
-  known = [int(token) for token in ids if 0 <= token < len(tokenizer)]
-  return str(tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+  @property
+  def eos_id(self) -> int:
+    """The id that ends a trace and belongs to it."""
+    return int(self.tokenizer.eos_token_id)
 
+  @property
+  def pad_id(self) -> int:
+    """The id that fills places without a token. Masks say which places those are."""
+    return int(self.tokenizer.pad_token_id)
 
-def _frame(tokenizer: transformers.PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-  """Ids before and after the question; the template is trusted text, in which special tokens are recognised."""
-  marker = _marker_ids(tokenizer, THINK_OPEN)
-  if not tokenizer.chat_template:
-    # Some tokenizers begin every text with a token of their own.
-    opening = [token for token in tokenizer.encode("") if token != tokenizer.eos_token_id]
-    return opening, marker
-  chat = [{"role": "user", "content": _PLACEHOLDER}]
-  text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-  before, found, after = text.partition(_PLACEHOLDER)
-  if not found or _PLACEHOLDER in after:
-    raise ValueError("The tokenizer's chat template does not hold the question once; load it with chat=False.")
-  encode = lambda piece: list(tokenizer.encode(piece, add_special_tokens=False))
-  # Some templates open the thought themselves.
-  return encode(before), encode(after) + ([] if after.rstrip().endswith(THINK_OPEN) else marker)
+  # ---- Text to ids -------------------------------------------------------------------------
 
+  def prompt_ids(self, example: Example) -> list[int]:
+    """Ids of the question, in the chat template if there is one, then of the marker that opens the thought."""
+    before, after = self._frame
+    return [*before, *self._encode(example.question), *after]
 
-def _encode(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> list[int]:
-  """Ids of untrusted text, in which no marker or special token is recognised."""
-  # `split_special_tokens` covers the tokens that a tokenizer calls special. Some (Qwen3's) list the markers as
-  # ordinary added tokens, which it does not cover, so a marker is also taken apart in the text.
-  pieces = _INSIDE_MARKER.split(text)
-  encoded = [tokenizer.encode(p, add_special_tokens=False, split_special_tokens=True) for p in pieces if p]
-  return [token for ids in encoded for token in ids]
+  def solution_ids(self, example: Example) -> list[list[int]]:
+    """Ids of the reference solution, one list a step; [] where there is none."""
+    return [self._encode(step) for step in example.steps]
 
+  def answer_ids(self, example: Example) -> list[int]:
+    """Ids of the gold answer, then the end-of-sequence token."""
+    return [*self._encode(example.answer), self.eos_id]
 
-def _marker_ids(tokenizer: transformers.PreTrainedTokenizerFast, marker: str) -> list[int]:
-  """The marker's own token, or its text's tokens where the vocabulary has none."""
-  token = tokenizer.get_vocab().get(marker)
-  return _encode(tokenizer, marker) if token is None else [token]
+  @functools.cached_property
+  def exit_ids(self) -> list[int]:
+    """Ids of the marker that leaves the thought."""
+    return self._marker_ids(THINK_CLOSE)
+
+  def reference(self, example: Example) -> banks.Reference:
+    """The reference solution and answer as token ids, for the banks."""
+    return banks.Reference(self.solution_ids(example), self.exit_ids, self.answer_ids(example))
+
+  # ---- Ids to text -------------------------------------------------------------------------
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of `ids`, special tokens as their literal; for verifiers and reports only.
+
+    Never raises: ids outside the vocabulary are left out, broken UTF-8 reads as U+FFFD. Its result
+    must not be encoded again, because that is not the inverse.
+    """
+    known = [int(token) for token in ids if 0 <= token < len(self.tokenizer)]
+    return str(self.tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+  def response(self, ids: Sequence[int]) -> str:
+    """The text of a trace without its end-of-sequence token, as verifiers read it."""
+    return self.decode([token for token in ids if token != self.eos_id])
+
+  def responses(self, rollout: types.Rollout) -> list[str]:
+    """`response` of each trace of a batch on the host."""
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+    return [self.response(row[kept].tolist()) for row, kept in zip(tokens, mask)]
+
+  def token_texts(self) -> list[str]:
+    """The text of every id in [0, vocab_size), special tokens as their literal.
+
+    A byte-level token that is not valid UTF-8 on its own reads as U+FFFD. An id that the vocabulary
+    leaves out reads as "".
+    """
+    return [self.decode([token]) for token in range(len(self.tokenizer))]
+
+  @functools.cached_property
+  def tables(self) -> segmentation.VocabTables:
+    """What segmentation reads of the vocabulary; each keyword in both spellings that open a word."""
+    spellings = [spelling for word in segmentation.KEYWORDS for spelling in (word, " " + word)]
+    encoded = [self.tokenizer.encode(s, add_special_tokens=False, split_special_tokens=True) for s in spellings]
+    unknown = self.tokenizer.unk_token_id
+    known = [ids for ids in encoded if unknown is None or unknown not in ids]
+    return segmentation.vocab_tables(self.token_texts(), known)
+
+  # ---- Pieces ------------------------------------------------------------------------------
+
+  @functools.cached_property
+  def _frame(self) -> tuple[list[int], list[int]]:
+    """Ids before and after the question. The template is trusted text, in which special tokens are recognised."""
+    tokenizer, marker = self.tokenizer, self._marker_ids(THINK_OPEN)
+    if not (self.chat and tokenizer.chat_template):
+      # Some tokenizers begin every text with a token of their own.
+      opening = [token for token in tokenizer.encode("") if token != tokenizer.eos_token_id]
+      return opening, marker
+    chat = [{"role": "user", "content": _PLACEHOLDER}]
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    before, found, after = text.partition(_PLACEHOLDER)
+    if not found or _PLACEHOLDER in after:
+      raise ValueError("The tokenizer's chat template does not hold the question once; set tokenizer.chat=False.")
+    encode = lambda piece: list(tokenizer.encode(piece, add_special_tokens=False))
+    # Some templates open the thought themselves.
+    return encode(before), encode(after) + ([] if after.rstrip().endswith(THINK_OPEN) else marker)
+
+  def _encode(self, text: str) -> list[int]:
+    """Ids of untrusted text, in which no marker or special token is recognised."""
+    # `split_special_tokens` covers the tokens that a tokenizer calls special. Some (Qwen3's) list the markers as
+    # ordinary added tokens, which it does not cover, so a marker is also taken apart in the text.
+    pieces = _INSIDE_MARKER.split(text)
+    encoded = [self.tokenizer.encode(p, add_special_tokens=False, split_special_tokens=True) for p in pieces if p]
+    return [token for ids in encoded for token in ids]
+
+  def _marker_ids(self, marker: str) -> list[int]:
+    """The marker's own token, or its text's tokens where the vocabulary has none."""
+    token = self.tokenizer.get_vocab().get(marker)
+    return self._encode(marker) if token is None else [token]

@@ -18,7 +18,6 @@ in them no policy could be right.
 import dataclasses
 import hashlib
 import operator
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -31,10 +30,8 @@ from reasoning_gym.factory import DATASETS as _LIBRARY_DATASETS
 from rredcot_jax.data import verifiers
 from rredcot_jax.data.encoding import THINK_CLOSE
 from rredcot_jax.data.tasks import Example
-from rredcot_jax.model.tokenizer import load_tokenizer
-from rredcot_jax.ops import types
+from rredcot_jax.ops import names
 
-TOKENIZER_DIR = pathlib.Path(__file__).parent.parent / "assets" / "gsm_symbolic_tokenizer"
 SPLITS = ("train", "eval")
 SCORERS = ("library", "numeric", "exact")
 
@@ -96,8 +93,6 @@ class ReasoningGym:
       and gsm_symbolic 0.01 for any number.
     templates: numbers of the templates that examples are taken from, for data
       sets of the library that have them (gsm_symbolic); () is all.
-    tokenizer_dir: of a tokenizer in Hugging Face's format, or a GGUF file.
-    chat: whether the tokenizer's chat template wraps the question.
 
   Raises:
     ValueError: on an unknown name or option (the nearest valid one is offered),
@@ -115,16 +110,13 @@ class ReasoningGym:
     scorer: str = "library",
     partial_credit: bool = False,
     templates: Sequence[int] = (),
-    tokenizer_dir: str | pathlib.Path = TOKENIZER_DIR,
-    chat: bool = True,
   ):
     _check_dataset(dataset)
-    types.check_option("split", split, SPLITS)
-    types.check_option("scorer", scorer, SCORERS)
+    names.check_option("split", split, SPLITS)
+    names.check_option("scorer", scorer, SCORERS)
     if size < 1:
       raise ValueError(f"size={size} of {dataset!r} makes a task that yields no prompt.")
     self.name = f"reasoning_gym/{dataset}"
-    self.tokenizer = load_tokenizer(tokenizer_dir, chat=chat)
     self._split = split
     self._size = size
     self._candidates = _CANDIDATES * (-(-_MAX_TEMPLATES // len(templates)) if templates else 1)
@@ -213,13 +205,13 @@ def _check_dataset(dataset: str) -> None:
   if dataset in _LIBRARY_DATASETS and dataset not in DATASETS:
     why = _WHY_REFUSED.get(dataset, "its scorer has not been read for what it does with a hostile answer")
     raise ValueError(f"The data set {dataset!r} of reasoning_gym is refused: {why}.")
-  types.check_option("dataset", dataset, DATASETS)
+  names.check_option("dataset", dataset, DATASETS)
 
 
 def _make_library_dataset(dataset: str, seed: int, size: int, options: Mapping[str, Any]) -> ProceduralDataset:
   fields = [f.name for f in dataclasses.fields(_LIBRARY_DATASETS[dataset][1]) if f.name not in ("seed", "size")]
   for option in options:
-    types.check_option(f"option of {dataset}", option, fields)
+    names.check_option(f"option of {dataset}", option, fields)
   try:
     return library.create_dataset(dataset, seed=seed, size=size, **options)
   except AssertionError as error:  # The library's way to refuse a value.

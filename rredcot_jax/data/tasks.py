@@ -1,11 +1,17 @@
-"""Tasks: where questions, reference solutions and rewards come from."""
+"""Tasks: where questions, reference solutions and rewards come from.
+
+A task of one's own is a class with the members of `Task`, named in a config as
+`task.name="my_package.my_module:MyTask"`. It is called with `split` and `task.options`.
+docs/extending.md shows one.
+"""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import transformers
+import numpy as np
 
-from rredcot_jax.ops import types
+from rredcot_jax.ops import names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +25,15 @@ class Example:
 
 
 class Task(Protocol):
-  """One split of a source of examples, with its verifier and its tokenizer."""
+  """One split of a source of examples, with its verifier.
+
+  Optional members, each read where it is there:
+    `teacher_trace(example, rng) -> Trace`, a trace to imitate in a supervised warm start; else the reference is.
+    `first_wrong_step(example, text) -> int | None`, the line of the thought in which the first mistake was made.
+    `answer_stated(example, text) -> bool`, whether the beginning `text` of a trace has stated its answer.
+  """
 
   name: str
-  tokenizer: transformers.PreTrainedTokenizerFast
 
   def __len__(self) -> int:
     """The number of examples in this split."""
@@ -41,11 +52,31 @@ class Task(Protocol):
     ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Trace:
+  """A trace to imitate, as text."""
+
+  steps: Sequence[str]  # The thought; each piece is encoded on its own.
+  answer: str  # What follows the exit.
+
+
+def teacher_of(task: Task) -> Callable[[Example, np.random.Generator], Trace]:
+  """Who writes the traces that a warm start imitates: the task's `teacher_trace`, or else its references."""
+  reference: Callable[[Example, np.random.Generator], Trace] = lambda example, _: Trace(example.steps, example.answer)
+  return getattr(task, "teacher_trace", reference)
+
+
+def first_wrong_step(task: Task, example: Example, text: str) -> int | None:
+  """The task's `first_wrong_step`; None where it has none."""
+  find = getattr(task, "first_wrong_step", None)
+  return None if find is None else find(example, text)
+
+
 def make_task(name: str, *, split: str, **options: Any) -> Task:
-  """Makes the task called `name`: "chain", "reasoning_gym/<data set>" or "dataset/<corpus>".
+  """Makes the task called `name`.
 
   Args:
-    name: the task's name.
+    name: "chain", "reasoning_gym/<data set>", "dataset/<corpus>", or "package.module:Class" of one's own.
     split: "train" or "eval".
     **options: passed on to the task's class.
 
@@ -53,6 +84,8 @@ def make_task(name: str, *, split: str, **options: Any) -> Task:
     ValueError: if `name` is unknown (the nearest valid name is offered), or if
       the task refuses an option.
   """
+  if ":" in name:
+    return names.resolve("task.name", name, {})(split=split, **options)
   if name == "chain":
     from rredcot_jax.data.chain import Chain
 
@@ -67,5 +100,5 @@ def make_task(name: str, *, split: str, **options: Any) -> Task:
     return reasoning_gym.ReasoningGym(dataset, split=split, **options)
   corpora = (f"dataset/{dataset}" for dataset in datasets.SCHEMAS)
   valid = ("chain", *corpora, *(f"reasoning_gym/{dataset}" for dataset in reasoning_gym.DATASETS))
-  types.check_option("task", name, valid)
+  names.check_option("task", name, valid)
   raise AssertionError(f"Unreachable: {name!r} passed for a valid name.")

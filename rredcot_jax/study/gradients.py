@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rredcot_jax.model import decoder, scoring
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.ops import types
+from rredcot_jax.ops.names import check_option
 
 PARTS = ("all", "head")
 
@@ -50,7 +51,7 @@ def add_groups(
   Returns:
     [A, D] the new total, and [A, A] S = sum over the n groups of g^a . g^b.
   """
-  types.check_option("gradient_part", part, PARTS)
+  check_option("gradient_part", part, PARTS)
 
   def one_group(carry: tuple[chex.Array, chex.Array], group: tuple[Any, chex.Array]) -> tuple:
     total, products = carry

@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from rredcot_jax.credit import monte_carlo
-from rredcot_jax.data import batching, chain, encoding, judging, tasks, verifiers
+from rredcot_jax.data import encoding, judging, tasks, verifiers
+from rredcot_jax.data.encoding import Codec
 from rredcot_jax.ops import types
 from rredcot_jax.report import files
 from rredcot_jax.study import estimators
@@ -116,6 +117,7 @@ def measure(
   if samples % samples_per_round:
     raise ValueError(f"study.truth_samples={samples} must be a multiple of study.samples_per_round={samples_per_round}")
   directory.mkdir(parents=True, exist_ok=True)
+  setting = engine.setting
   chunks = _chunks(states, rows_at_once)
   k_max = max(len(cuts) for chunk in chunks for _, cuts in chunk)
   found: list[list[np.ndarray]] = [[] for _ in states.rows]
@@ -130,9 +132,9 @@ def measure(
       if values is None:
         some = traces.rows(np.array([row for row, _ in chunk] + [chunk[-1][0]] * (rows_at_once - len(chunk))))
         values = monte_carlo.values_by_generation(
-          engine.params, engine.model, some.cache, some.rollout, _segments(some, chunk, k_max), some.returns,
-          jax.random.fold_in(key, number), judging.judge_of(engine.task, some.examples), k=samples_per_round,
-          first_sample=first_sample, chunk_size=slots, **engine.generation_options,
+          engine.params, setting.model, some.cache, some.rollout, _segments(some, chunk, k_max), some.returns,
+          jax.random.fold_in(key, number), judging.judge_of(setting.task, setting.codec, some.examples),
+          k=samples_per_round, first_sample=first_sample, chunk_size=slots, **setting.generation,
         )  # fmt: skip
         _write(path, layout, values)
       for row, (_, cuts) in enumerate(chunk):
@@ -192,24 +194,23 @@ def _read(path: pathlib.Path, layout: np.ndarray) -> monte_carlo.MonteCarloValue
   return monte_carlo.MonteCarloValues(**stored | {name: stored[name].item() for name in scalars})
 
 
-def first_wrong_segments(task: tasks.Task, traces: estimators.Traces) -> np.ndarray:
-  """[B] int, the segment that holds the first token at which a failed trace leaves its reference; -1 where unknown.
+def first_wrong_segments(task: tasks.Task, codec: Codec, traces: estimators.Traces) -> np.ndarray:
+  """[B] int, the segment in which a failed trace made its first mistake; -1 where unknown.
 
-  Known for `chain` alone: elsewhere many wordings are right. -1 also for traces that succeeded, and for
-  failed ones all of whose lines are right.
+  Known for tasks that have a `first_wrong_step`: elsewhere many wordings are right. The place is the first
+  token of that line which differs from the reference's line. -1 also for traces that succeeded, and for failed
+  ones all of whose lines are right.
   """
   result = np.full(len(traces.returns), -1)
-  if not isinstance(task, chain.Chain):
-    return result
   rollout, ids = jax.device_get((traces.rollout, traces.segments.segment_ids))
-  texts = judging.trace_texts(task, rollout)
-  newline = batching.vocab_tables(task.tokenizer).newlines[rollout.tokens] > 0
+  texts = codec.responses(rollout)
+  newline = codec.tables.newlines[rollout.tokens] > 0
   for row, (example, text) in enumerate(zip(traces.examples, texts)):
-    line = chain.first_wrong_step(example, text) if traces.returns[row] < 1 else None
+    line = tasks.first_wrong_step(task, example, text) if traces.returns[row] < 1 else None
     if line is None:
       continue
     start = np.flatnonzero(newline[row] & rollout.mask[row])[line - 1] + 1 if line else 0
-    expected = encoding.solution_ids(task.tokenizer, example)[line] if line < len(example.steps) else []
+    expected = codec.solution_ids(example)[line] if line < len(example.steps) else []
     same = 0
     while same < len(expected) and rollout.tokens[row, start + same] == expected[same]:
       same += 1
@@ -217,22 +218,23 @@ def first_wrong_segments(task: tasks.Task, traces: estimators.Traces) -> np.ndar
   return result
 
 
-def answer_stated(task: tasks.Task, traces: estimators.Traces) -> np.ndarray:
+def answer_stated(task: tasks.Task, codec: Codec, traces: estimators.Traces) -> np.ndarray:
   """[B, K] bool, states whose trace has stated its answer already, so that little is left to decide.
 
-  For `chain`, where a digit says nothing, once all steps are written; elsewhere once the
-  trace's own final answer stands in it as a whole word. In both, once the thought was left.
+  By the task's own `answer_stated` if it has one; else once the trace's own final answer stands in it as a
+  whole word. In both, once the thought was left.
   """
   rollout, segments = jax.device_get((traces.rollout, traces.segments))
   starts = np.asarray(segments.starts)
   result = np.zeros(starts.shape, bool)
+  states_answer = getattr(task, "answer_stated", None)
   for row, example in enumerate(traces.examples):
     tokens = rollout.tokens[row, : int(rollout.mask[row].sum())].tolist()
-    answer = verifiers.answer_of(encoding.decode(task.tokenizer, tokens))
+    answer = verifiers.answer_of(codec.decode(tokens))
     for k in range(int(segments.num_segments[row])):
-      text = encoding.decode(task.tokenizer, tokens[: starts[row, k]])
-      if isinstance(task, chain.Chain):
-        said = text.count("\n") >= len(example.steps)
+      text = codec.decode(tokens[: starts[row, k]])
+      if states_answer is not None:
+        said = states_answer(example, text)
       else:
         said = bool(answer) and re.search(rf"(?<![\w.]){re.escape(str(answer))}(?![\w]|\.\d)", text) is not None
       result[row, k] = said or encoding.THINK_CLOSE in text

@@ -397,7 +397,7 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
     keys = ("variance_ratio", "own_ratio", "useful_ratio", "useful_ratio_at_equal_compute", "cosine", "cosine_of_means")
     parts.append(
       f"<h2>d. Gradient variance</h2><p>{variance['prompts']} prompts, {variance['groups']} groups each; reference "
-      f"{page.text_html(variance['reference'])}</p>"
+      f"{page.text_html(variance['unbiased'])}</p>"
     )
     rows = [
       {"method": label(n), **{key.replace("_", " "): cell(row[key]) for key in keys}}

@@ -21,6 +21,7 @@ from rredcot_jax.study import agreement, gradients, ground_truth
 from rredcot_jax.study.estimators import Estimate, Estimators, Traces
 
 Figure = list[float | None]
+UNBIASED = "monte_carlo:difference"  # The estimator whose mean is the policy gradient.
 _LEAST = 20  # Items that a subset needs before a correlation over it is given.
 
 
@@ -234,9 +235,7 @@ class Moments:
   seconds: float = 0.0
 
 
-def token_advantages(
-  spec: str, estimates: Mapping[str, Estimate], traces: Traces, group_size: int, temperature: float
-) -> jax.Array:
+def token_advantages(spec: str, estimates: Mapping[str, Estimate], traces: Traces, group_size: int) -> jax.Array:
   """[B, T] advantages of "<method>:<mode>", or of one of GRPO's forms.
 
   Modes are `advantages.MODES` and "action_value": v(s_{k+1}) on the tokens of segment k, unbiased as
@@ -245,12 +244,7 @@ def token_advantages(
   """
   method, _, mode = spec.partition(":")
   unscaled = mode == "unscaled"
-  rule = rules.CreditRule(
-    group_size,
-    temperature,
-    baseline="leave_one_out" if unscaled else "mean",
-    advantage_scale="none" if unscaled else "std",
-  )
+  rule = rules.Rule(group_size, baseline="leave_one_out" if unscaled else "mean", scale="none" if unscaled else "std")
   returns = jnp.asarray(traces.returns)
   if method == "grpo" and mode == "return":
     return jnp.where(traces.rollout.mask, returns[:, None], 0.0)
@@ -271,9 +265,9 @@ def prompt_moments(
   """S [A, A] and the sum [A, D] of one prompt's gradients over all groups in `batches`."""
   total = jnp.zeros((len(specs), gradients.num_parameters(engine.params, part)), jnp.float32)
   products = np.zeros((len(specs),) * 2)
-  size, temperature = engine.group_size, engine.sampling_options["temperature"]
+  size = engine.setting.group_size
   for traces, estimates in batches:
-    weights = jnp.stack([token_advantages(spec, estimates, traces, size, temperature) for spec in specs], axis=1)
+    weights = jnp.stack([token_advantages(spec, estimates, traces, size) for spec in specs], axis=1)
     grouped = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (traces.rollout, weights))
     total, within = add_groups(engine.params, grouped[0], jnp.swapaxes(grouped[1], 1, 2), total)
     products += np.asarray(within, np.float64)
@@ -281,18 +275,18 @@ def prompt_moments(
 
 
 def gradient_variance(
-  moments: Moments, *, reference: str, step_flops: Mapping[str, float], resamples: int
+  moments: Moments, *, unbiased: str = UNBIASED, step_flops: Mapping[str, float], resamples: int
 ) -> dict[str, Any]:
   """{"fixed prompts": {method: {figure: [..]}}, "across prompts": {...}, ...} over the estimators of `moments`.
 
   Args:
     moments: of the estimators, "grpo" among them.
-    reference: an unbiased one.
+    unbiased: the one whose mean is taken for the policy gradient.
     step_flops: operations of a training step with each, for "at equal compute": n groups more
       cheaply bought divide the variance by n.
     resamples: of the bootstrap over prompts; it needs at least 2 prompts.
   """
-  places = {"baseline": moments.names.index("grpo"), "reference": moments.names.index(reference)}
+  places = {"baseline": moments.names.index("grpo"), "reference": moments.names.index(unbiased)}
   figures_of = lambda rows: agreement.gradient_figures(
     moments.same_group[rows], moments.of_sums[rows], moments.groups, **places
   )
@@ -300,7 +294,7 @@ def gradient_variance(
   statistic = lambda rows: np.stack([figures_of(rows)[key] for key in keys])
   point, low, high = statistics.bootstrap(statistic, np.arange(len(moments.same_group)), resamples=resamples)
   across = _across_prompts(moments, **places)
-  table: dict[str, Any] = {"groups": moments.groups, "prompts": len(moments.same_group), "reference": reference}
+  table: dict[str, Any] = {"groups": moments.groups, "prompts": len(moments.same_group), "unbiased": unbiased}
   fixed: dict[str, Any] = {}
   for a, name in enumerate(moments.names):
     fixed[name] = {key: figure(point[j, a], low[j, a], high[j, a]) for j, key in enumerate(keys)}

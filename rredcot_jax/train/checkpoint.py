@@ -5,7 +5,6 @@ process killed at any moment leaves the last complete one untouched.
 """
 
 import errno
-import json
 import logging
 import os
 import pathlib
@@ -15,14 +14,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 
-from rredcot_jax.model import decoder
-from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.ops.names import check_option
-from rredcot_jax.parallel import processes, sharding
-from rredcot_jax.train import config as config_lib
-from rredcot_jax.train import train_step
+from rredcot_jax.parallel import processes
 
 ON_FAILURE = ("stop", "continue")
 
@@ -34,7 +28,7 @@ class SaveFailed(RuntimeError):
 class Checkpointer:
   """Saves and restores (state, data iterator state) by step in one directory."""
 
-  def __init__(self, directory: str | os.PathLike, *, keep: int, on_failure: str = "stop", writes: bool = True):
+  def __init__(self, directory: str | os.PathLike, *, keep: int = 2, on_failure: str = "stop", writes: bool = True):
     """Opens `directory`, keeping the newest `keep` checkpoints.
 
     Args:
@@ -214,31 +208,3 @@ def _reason(error: Exception) -> str:
   text = (str(error).strip() or type(error).__name__).splitlines()[0]
   said = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) if number]
   return next((phrase for phrase in said if phrase in text), text[:200])
-
-
-def restore_run(
-  workdir: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, *, vocab_size: int
-) -> tuple[int, Any]:
-  """The newest checkpoint of a run: its step and its parameters.
-
-  Raises:
-    ValueError: if there is none, or if its model is not `model`, naming the sizes that differ.
-  """
-  if not (workdir / "config.json").is_file():
-    raise ValueError(f"{workdir} is no work directory of experiments/train.py: it has no config.json.")
-  trained = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"])
-  differing = config_lib.differences(config_lib.model_config(trained, vocab_size).sizes(), model.sizes())
-  if differing:
-    raise ValueError(f"the run in {workdir} trained another model than config.model says: {', '.join(differing)}.")
-  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(trained))
-  # Runs older than the choice of a source scored.
-  critic = config_lib.init_critic(trained, model.width) if "source" in trained.credit else None
-  abstract = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer, critic))
-  placement = sharding.infer(mesh, abstract)
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placement)
-  saver = Checkpointer(workdir / "checkpoints", keep=trained.checkpoint.keep, writes=False)
-  restored = saver.restore_latest(abstract)
-  saver.close()
-  if restored is None:
-    raise ValueError(f"{workdir} holds no checkpoint yet.")
-  return restored[0], restored[1].params

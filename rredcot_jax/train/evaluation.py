@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from rredcot_jax.data import batching, judging, tasks, verifiers
+from rredcot_jax.data import batching, tasks, verifiers
+from rredcot_jax.data.encoding import Codec
 from rredcot_jax.model import decoder, sampling
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.parallel import processes, sharding
@@ -54,6 +55,7 @@ def judged_batches(
   params: decoder.Params,
   config: ModelConfig,
   task: tasks.Task,
+  codec: Codec,
   mesh: jax.sharding.Mesh,
   key: jax.Array,
   *,
@@ -77,7 +79,7 @@ def judged_batches(
   `rows` draws other traces.
 
   Args:
-    params, config, task, mesh: who answers, and what.
+    params, config, task, codec, mesh: who answers, and what.
     key: of the whole pass.
     num_prompts, samples, rows: see above.
     max_prompt_tokens, max_tokens, temperature, top_k, top_p: see `config.rollout`.
@@ -100,15 +102,15 @@ def judged_batches(
     examples = [task[prompt] for prompt, _ in places]
     filled = examples + [examples[-1]] * (rows - len(examples))
     mine = [filled[row] for row in share.here]
-    prompts = sharding.put_batch(mesh, batching.prompt_arrays(task, mine, max_prompt_tokens))
+    prompts = sharding.put_batch(mesh, batching.prompt_arrays(codec, mine, max_prompt_tokens))
     with sharding.use(mesh):
       rollout, _ = sampling.sample(
         params, config, *prompts, jax.random.fold_in(key, start), max_tokens=max_tokens,
         temperature=temperature, top_k=top_k, top_p=top_p,
-        eos_id=task.tokenizer.eos_token_id, pad_id=task.tokenizer.pad_token_id,
+        eos_id=codec.eos_id, pad_id=codec.pad_id,
       )  # fmt: skip
     rollout = processes.whole(rollout)
-    texts = judging.trace_texts(task, rollout)
+    texts = codec.responses(rollout)
     # The filling is judged by nobody.
     judged = [row for row in share.here[share.judged] if row < len(places)]
     (rewards,), stopped = share.gather(
@@ -130,6 +132,7 @@ def evaluate(
   params: decoder.Params,
   config: ModelConfig,
   task: tasks.Task,
+  codec: Codec,
   mesh: jax.sharding.Mesh,
   key: jax.Array,
   *,
@@ -143,7 +146,7 @@ def evaluate(
     eval/pass@1, eval/pass@1_se, eval/pass@k, eval/pass@k_se (standard errors over
     prompts), eval/length and eval/truncated.
   """
-  batches = judged_batches(params, config, task, mesh, key, num_prompts=num_prompts, samples=samples, **options)
+  batches = judged_batches(params, config, task, codec, mesh, key, num_prompts=num_prompts, samples=samples, **options)
   judged = [one for batch in batches for one in batch]
   correct = is_correct(judged).reshape(num_prompts, samples).sum(axis=1)
   result: dict[str, float] = {}

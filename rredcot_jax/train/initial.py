@@ -20,6 +20,14 @@ from rredcot_jax.parallel import sharding
 from rredcot_jax.report import files
 
 _SEPARATOR = "/"
+_ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+
+
+def locate(path: str | os.PathLike) -> pathlib.Path:
+  """`path` where there is such a file or directory, else what rredcot_jax/assets holds under that name."""
+  path = pathlib.Path(path)
+  shipped = _ASSETS / path
+  return shipped if not path.exists() and not path.is_absolute() and shipped.exists() else path
 
 
 def start_params(
@@ -65,17 +73,14 @@ def save_params(params: Any, path: str | os.PathLike) -> None:
 def load_params(path: str | os.PathLike, abstract_params: Any) -> Any:
   """Reads parameters written by `save_params` into the structure of `abstract_params`.
 
-  A bare file name that is not in the current folder is looked for among the
-  package's assets.
+  See `locate` for where it is looked for.
 
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: naming the file and the tensor, if one is missing, has another
       shape than the configured model, or if the file is damaged.
   """
-  path = pathlib.Path(path)
-  if not path.exists() and path.parent == pathlib.Path("."):
-    path = pathlib.Path(__file__).parent.parent / "assets" / path
+  path = locate(path)
   if not path.is_file():
     raise FileNotFoundError(f"no parameters at {path}: check initial_params, or make the file with warm_start.py.")
   try:

@@ -1,6 +1,5 @@
 """The compiled programs of a configuration's training step, without allocating it, and the largest batch that fits."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,35 +8,34 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rredcot_jax.credit import rules
+from rredcot_jax.credit import likelihood, rules
+from rredcot_jax.credit.source import BankOptions
 from rredcot_jax.model import decoder, sampling
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.ops import losses, types
+from rredcot_jax.ops import types
 from rredcot_jax.parallel import sharding
-from rredcot_jax.train import config as config_lib
 from rredcot_jax.train import train_step
+from rredcot_jax.train.experiment import Experiment, loss_options
 
 REMATS_BY_COST = ("none", "dots", "attention", "full")  # From least computed again to most.
 
 
-def programs(config: ConfigDict, vocab_size: int, devices: Any) -> dict[str, Callable[[], Any]]:
+def programs(experiment: Experiment) -> dict[str, Callable[[], Any]]:
   """The three programs of a training step, each to be lowered by a call: sample, score, update.
 
-  Nothing is allocated: arguments are shapes with the placement that training gives them.
+  Nothing is allocated: arguments are shapes with the placement that training gives them. The devices
+  that the experiment was given need not be there.
 
   Args:
-    config: as experiments/train.py takes it.
-    vocab_size: the tokenizer's.
-    devices: to compile for; they need not be there.
+    experiment: of a configuration as experiments/train.py takes it.
   """
-  model = config_lib.model_config(config, vocab_size)
-  mesh, rollout_mesh = config_lib.meshes(config, devices)
-  rule = config_lib.credit_rule(config)
-  state, placement = abstract_state(config, model, mesh)
+  config, model = experiment.config, experiment.model
+  mesh, rollout_mesh, rule = experiment.mesh, experiment.rollout_mesh, experiment.rule
+  state = experiment.abstract_params_state
   whole = jax.eval_shape(lambda params: decoder.rounded(params, model), state.params)
   policy = _placed(whole, sharding.infer(rollout_mesh, whole))
   rollout, cache, segments, bank, returns = _abstract_rollout(config, model, rollout_mesh)
-  options = config_lib.sampling_options(config, eos_id=vocab_size - 1, pad_id=vocab_size - 1)
+  options = experiment.sampling_options | {"eos_id": model.vocab_size - 1, "pad_id": model.vocab_size - 1}
 
   def sample() -> Any:
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -45,8 +43,14 @@ def programs(config: ConfigDict, vocab_size: int, devices: Any) -> dict[str, Cal
     with sharding.use(rollout_mesh):
       return sampling.sample.lower(policy, model, rollout.prompt_tokens, rollout.prompt_mask, key, **options)
 
+  def assign(params: Any, cache: Any, rollout: Any, segments: Any, bank: Any, returns: Any, rows: Any) -> Any:
+    estimated, sizes = likelihood.bank_values(
+      params, model, cache, rollout, segments, bank, temperature=config.rollout.temperature, form=config.credit.form,
+      chunk_size=config.credit.chunk_size or None,
+    )  # fmt: skip
+    return rules.credit_of_values(estimated, sizes, rollout.mask, segments, returns, rows, rule=rule)
+
   def score() -> Any:
-    assign = lambda params, cache, *rest: rules.assign_credit(params, model, cache, *rest, rule=rule)
     rows = jax.ShapeDtypeStruct(returns.shape, bool, sharding=returns.sharding)
     with sharding.use(rollout_mesh):
       return jax.jit(assign).lower(policy, cache, rollout, segments, bank, returns, rows)
@@ -58,28 +62,18 @@ def programs(config: ConfigDict, vocab_size: int, devices: Any) -> dict[str, Cal
       advantages=rollout.log_probs, **{name: getattr(rollout, name) for name in fields},
     )  # fmt: skip
     batch = _placed(batch, jax.tree.map(lambda _: sharding.batch(mesh), batch))
-    loss_options = config_lib.loss_options(config)
-    step = functools.partial(
-      train_step.policy_update, config=model, temperature=rule.temperature,
-      optimizer=train_step.make_optimizer(**config_lib.optimizer_options(config)),
-      loss=functools.partial(losses.policy_loss, **loss_options),
-      weight=functools.partial(losses.loss_weight, loss=config.loss.name, max_length=config.rollout.max_tokens),
+    step = train_step.bind_update(
+      model, experiment.optimizer, temperature=config.rollout.temperature, loss_options=loss_options(config),
       microbatches=config.compute.microbatches, skip_non_finite=config.loss.non_finite == "skip",
     )  # fmt: skip
+    placement = jax.tree.map(lambda x: x.sharding, state)
     out = (placement, sharding.replicated(mesh))
     with sharding.use(mesh):
       return jax.jit(step, out_shardings=out, donate_argnums=0).lower(state, batch)
 
   lowered = {"sample": sample, "score": score, "update": update}
-  return lowered if rule.redistributes and rule.source == "scoring" else {"sample": sample, "update": update}
-
-
-def abstract_state(config: ConfigDict, model: ModelConfig, mesh: Any) -> tuple[Any, Any]:
-  """The train state's shapes with their placement, and the placement."""
-  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
-  state = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
-  placement = sharding.infer(mesh, state)
-  return _placed(state, placement), placement
+  scores = rule.redistributes and config.credit.source == "scoring"
+  return lowered if scores else {"sample": sample, "update": update}
 
 
 def bytes_a_chip(tree: Any) -> int:
@@ -98,8 +92,8 @@ def _abstract_rollout(config: ConfigDict, model: ModelConfig, mesh: Any) -> tupl
   array = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=by_rows)
   rollout = types.Rollout(
     prompt_tokens=array(jnp.int32, prompt), prompt_mask=array(bool, prompt), tokens=array(jnp.int32, room),
-    mask=array(bool, room), log_probs=array(jnp.float32, room), entropy=array(jnp.float32, room),
-    truncated=array(bool),
+    mask=array(bool, room), log_probs=array(jnp.float32, room),
+    sampler_log_probs=array(jnp.float32, room), entropy=array(jnp.float32, room), truncated=array(bool),
   )  # fmt: skip
   segments = types.Segments(
     ends=array(jnp.int32, k), segment_ids=array(jnp.int32, room), num_segments=array(jnp.int32),
@@ -107,7 +101,7 @@ def _abstract_rollout(config: ConfigDict, model: ModelConfig, mesh: Any) -> tupl
   )  # fmt: skip
   rollouts = config.credit.bank == "rollouts"
   states = k if rollouts or config.credit.bank == "suffix" else 1
-  each = (states, config.credit.bank_size if rollouts else 1)
+  each = (states, BankOptions().size if rollouts else 1)
   tokens = (*each, config.credit.max_completion_tokens)
   bank = types.Completions(
     tokens=array(jnp.int32, *tokens), mask=array(bool, *tokens), scored=array(bool, *tokens),

@@ -2,29 +2,30 @@
 
 from typing import Any
 
-from rredcot_jax.data import chain, encoding, tasks
+from rredcot_jax.data import tasks
+from rredcot_jax.data.encoding import Codec
 from rredcot_jax.ops import types
 
 
 def trace_record(
   step: int,
   task: tasks.Task,
+  codec: Codec,
   example: tasks.Example,
   rollout: types.Rollout,
   segments: types.Segments,
   credit: types.Credit,
   return_: float,
 ) -> dict[str, Any]:
-  """One trace with its credit as plain JSON values, as the report reads it; fields of one row, on the host."""
+  """The record of one trace; fields of one row, on the host."""
   length, num_segments = int(rollout.mask.sum()), int(segments.num_segments)
-  texts = [encoding.decode(task.tokenizer, [token]) for token in rollout.tokens[:length].tolist()]
+  texts = [codec.decode([token]) for token in rollout.tokens[:length].tolist()]
   wrong = None
-  if isinstance(task, chain.Chain):
-    line = chain.first_wrong_step(example, "".join(texts))
-    if line is not None:
-      # The line's first token; a line ends with its newline token.
-      ends = [t + 1 for t, text in enumerate(texts) if text == "\n"]
-      wrong = int(segments.segment_ids[ends[line - 1] if line else 0])
+  line = tasks.first_wrong_step(task, example, "".join(texts))
+  if line is not None:
+    # The line's first token; a line ends with its newline token.
+    ends = [t + 1 for t, text in enumerate(texts) if text.endswith("\n")]
+    wrong = int(segments.segment_ids[ends[line - 1] if line else 0])
   return {
     "step": step,
     "prompt": example.question,

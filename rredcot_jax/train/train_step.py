@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from rredcot_jax.credit import value_head
 from rredcot_jax.model import decoder, sampling, scoring
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.ops import losses, segmentation, types
@@ -28,16 +27,21 @@ class TrainState:
   step: chex.Array  # [] int32, updates made.
   params: decoder.Params
   opt_state: Any
-  critic: value_head.Critic | None = None  # Where credit.source is "value_head"; no policy update changes it.
+  learnt: Any = None  # What the source of credit has learnt; no policy update changes it.
 
 
-class Steps(NamedTuple):
-  """The jitted arrows of a training step, in the order they are called."""
+class RolloutSteps(NamedTuple):
+  """The jitted arrows from parameters to segments, in the order they are called."""
 
-  rollout_params: Callable[..., decoder.Params]  # (params) -> as sampling and scoring want them: layout and type.
+  params: Callable[..., decoder.Params]  # (params) -> as sampling and scoring want them: layout and type.
   sample: Callable[..., tuple[types.Rollout, decoder.Cache]]  # (params, prompts, mask, key); see `sampling.sample`.
   segment: Callable[..., types.Segments]  # (rollout, tables)
-  reference: Callable[..., chex.Array]  # (params, batch) -> [B, T] log-probabilities.
+
+
+class UpdateSteps(NamedTuple):
+  """The jitted arrows from credited traces to the next state."""
+
+  log_probs: Callable[..., chex.Array]  # (params, batch) -> [B, T], of the policy that the KL term compares with.
   update: Callable[..., tuple[TrainState, Metrics]]  # (state, batch, longest trace or None); the state is donated.
 
 
@@ -75,11 +79,9 @@ def make_optimizer(
   )
 
 
-def init_state(
-  params: decoder.Params, optimizer: optax.GradientTransformation, critic: value_head.Critic | None = None
-) -> TrainState:
+def init_state(params: decoder.Params, optimizer: optax.GradientTransformation, learnt: Any = None) -> TrainState:
   """The state before the first update."""
-  return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), critic=critic)
+  return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), learnt=learnt)
 
 
 def policy_update(
@@ -176,43 +178,45 @@ def supervised_update(
   return _apply(state, gradient, metrics, optimizer)
 
 
-def compile_steps(
+def compile_rollouts(
   config: ModelConfig,
-  optimizer: optax.GradientTransformation,
-  placement: TrainState,
   mesh: jax.sharding.Mesh,
+  rollout_mesh: jax.sharding.Mesh,
   *,
-  temperature: float,
   eos_id: int,
   segmentation_options: Mapping[str, Any],
-  loss_options: Mapping[str, Any],
-  sampling_options: Mapping[str, Any] | None = None,
-  rollout_mesh: jax.sharding.Mesh | None = None,
-  microbatches: int = 1,
-  length_buckets: int = 1,
-  skip_non_finite: bool = False,
-) -> Steps:
-  """Jits the arrows between a rollout and the next state.
+  sampling_options: Mapping[str, Any],
+) -> RolloutSteps:
+  """Jits the arrows from parameters to segments.
 
   Args:
-    config, optimizer: the model and its optimizer.
-    placement: the state's shardings, as `sharding.infer` gives them.
-    mesh: batches are split over its data axes.
-    temperature: that the traces are sampled at.
+    config: the model.
+    mesh: that parameters lie on.
+    rollout_mesh: the layout in which rollouts are sampled, cut and scored.
     eos_id: ends a trace.
     segmentation_options: of `segmentation.segment`.
-    loss_options: of `losses.policy_loss`.
-    sampling_options: of `sampling.sample`, for callers that use `Steps.sample`.
-    rollout_mesh: the layout in which rollouts are sampled, cut and scored; None is `mesh`.
-    microbatches: of `policy_update`.
-    length_buckets: lengths, evenly spaced up to a batch's room, that the update is compiled for, all
-      of them by its first call; a batch runs at the shortest that holds its longest trace.
-    skip_non_finite: see `policy_update`.
+    sampling_options: of `sampling.sample`.
   """
-  rollout_mesh = mesh if rollout_mesh is None else rollout_mesh
   one: Callable[..., types.Segments] = functools.partial(segmentation.segment, eos_id=eos_id, **segmentation_options)
   cut = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
-  update = functools.partial(
+  return RolloutSteps(
+    params=for_rollouts(config, mesh, rollout_mesh),
+    sample=sharding.on(rollout_mesh, functools.partial(_sample, config, dict(sampling_options))),
+    segment=sharding.on(rollout_mesh, jax.jit(lambda r, tables: cut(r.tokens, r.log_probs, r.entropy, r.mask, tables))),
+  )
+
+
+def bind_update(
+  config: ModelConfig,
+  optimizer: optax.GradientTransformation,
+  *,
+  temperature: float,
+  loss_options: Mapping[str, Any],
+  microbatches: int,
+  skip_non_finite: bool,
+) -> Callable[[TrainState, types.TrainBatch], tuple[TrainState, Metrics]]:
+  """`policy_update` with one of the `losses`; see `compile_updates` for the arguments."""
+  return functools.partial(
     policy_update,
     config=config,
     optimizer=optimizer,
@@ -222,14 +226,40 @@ def compile_steps(
     microbatches=microbatches,
     skip_non_finite=skip_non_finite,
   )
-  return Steps(
-    rollout_params=for_rollouts(config, mesh, rollout_mesh),
-    sample=sharding.on(rollout_mesh, functools.partial(_sample, config, dict(sampling_options or {}))),
-    segment=sharding.on(rollout_mesh, jax.jit(lambda r, tables: cut(r.tokens, r.log_probs, r.entropy, r.mask, tables))),
-    reference=sharding.on(
-      mesh,
-      jax.jit(lambda params, batch: scoring.trace_log_probs(params, config, batch, temperature=temperature)[0]),
-    ),
+
+
+def compile_updates(
+  config: ModelConfig,
+  optimizer: optax.GradientTransformation,
+  placement: TrainState,
+  mesh: jax.sharding.Mesh,
+  *,
+  temperature: float,
+  loss_options: Mapping[str, Any],
+  microbatches: int = 1,
+  length_buckets: int = 1,
+  skip_non_finite: bool = False,
+) -> UpdateSteps:
+  """Jits the arrows from credited traces to the next state.
+
+  Args:
+    config, optimizer: the model and its optimizer.
+    placement: the state's shardings, as `sharding.infer` gives them.
+    mesh: batches are split over its data axes.
+    temperature: that the traces are sampled at.
+    loss_options: of `losses.policy_loss`.
+    microbatches: of `policy_update`.
+    length_buckets: lengths, evenly spaced up to a batch's room, that the update is compiled for, all
+      of them by its first call; a batch runs at the shortest that holds its longest trace.
+    skip_non_finite: see `policy_update`.
+  """
+  update = bind_update(
+    config, optimizer, temperature=temperature, loss_options=loss_options, microbatches=microbatches,
+    skip_non_finite=skip_non_finite,
+  )  # fmt: skip
+  log_probs = lambda params, batch: scoring.trace_log_probs(params, config, batch, temperature=temperature)[0]
+  return UpdateSteps(
+    log_probs=sharding.on(mesh, jax.jit(log_probs)),
     update=sharding.on(mesh, _in_buckets(update, length_buckets, placement, mesh)),
   )
 

@@ -1,0 +1,110 @@
+"""RREDCoT: state values from the likelihood of completions, without generating anything.
+
+    segments, bank -> log p(c | s) -> v(s) -> r
+
+See `model.scoring` for the scores and `ops.values` for the values.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rredcot_jax.cost import flops
+from rredcot_jax.credit import source
+from rredcot_jax.model import decoder, scoring
+from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.ops import types, values
+
+WITH_FAILURES = ("rollouts", "own")  # Banks that can hold completions of zero utility.
+
+
+def bank_values(
+  params: decoder.Params,
+  model: ModelConfig,
+  cache: decoder.Cache,
+  rollout: types.Rollout,
+  segments: types.Segments,
+  bank: types.Completions,
+  *,
+  temperature: float,
+  form: str,
+  chunk_size: int | None,
+) -> tuple[chex.Array, chex.Array]:
+  """v(s_k) of every state from a bank of completions, and the effective sample sizes behind them.
+
+  Args:
+    params, model, cache: the policy that sampled, and the traces' keys and values.
+    rollout, segments, bank: fields [B, ...].
+    temperature: that the traces were sampled at.
+    form: see `values.estimate_values`.
+    chunk_size: branches of a trace scored at once; None is all.
+
+  Returns:
+    [B, K] float32 each.
+  """
+  log_p = scoring.score_with_cache(
+    params, model, cache, rollout, segments, bank, temperature=temperature, chunk_size=chunk_size
+  )
+  lengths = jnp.sum(bank.scored, axis=-1)
+  estimate = jax.vmap(functools.partial(values.estimate_values, form=form))
+  return estimate(log_p, bank.utilities, bank.log_q, bank.valid, lengths)
+
+
+class Likelihood(source.Source):
+  """Values of states by scoring a bank of completions after each (arXiv 2606.06475)."""
+
+  name = "scoring"
+  needs = frozenset({"bank", "cache"})
+  estimates_values = True
+
+  def __init__(self, setting: source.Setting):
+    super().__init__(setting)
+    self._estimate = jax.jit(self._values)
+
+  @classmethod
+  def check(cls, mode: str, bank: source.BankOptions, options: Mapping[str, Any]) -> None:
+    """See `Source.check`."""
+    super().check(mode, bank, options)
+    if bank.form == "self_normalised" and bank.name not in WITH_FAILURES:
+      raise ValueError(
+        f"credit.form='self_normalised' with credit.bank={bank.name!r} gives every state the same value: "
+        f"it needs completions of zero utility, which {' and '.join(map(repr, WITH_FAILURES))} have."
+      )
+
+  def _values(
+    self,
+    params: decoder.Params,
+    cache: decoder.Cache,
+    rollout: types.Rollout,
+    segments: types.Segments,
+    bank: types.Completions,
+  ) -> tuple[chex.Array, chex.Array]:
+    setting = self.setting
+    return bank_values(
+      params, setting.model, cache, rollout, segments, bank, temperature=setting.temperature, form=setting.bank.form,
+      chunk_size=setting.chunk_size,
+    )  # fmt: skip
+
+  def assign(self, batch: source.Batch) -> source.Found:
+    """See `Source.assign`."""
+    bank = self.setting.make_bank(batch)
+    completions, uniform_rows = self.setting.put((bank.completions, bank.uniform_rows))
+    estimated, sizes = self._estimate(batch.params, batch.cache, batch.rollout, batch.segments, completions)
+    batch_size, states = batch.segments.ends.shape
+    _, _, n, s = completions.tokens.shape
+    return source.Found(
+      values=estimated,
+      sample_sizes=sizes,
+      uniform_rows=uniform_rows,
+      token_forwards=batch_size * states * n * s,
+      metrics=source.bank_metrics(self.setting, bank),
+    )
+
+  def count_flops(self, batch: source.Batch) -> float:
+    """See `Source.count_flops`."""
+    completions = self.setting.make_bank(batch).completions
+    return flops.count(self._values, batch.params, batch.cache, batch.rollout, batch.segments, completions)

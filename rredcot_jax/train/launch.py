@@ -1,0 +1,47 @@
+"""The flags that scripts share, and joining the other processes of a run."""
+
+import importlib.util
+import pathlib
+import shlex
+import sys
+from types import ModuleType
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from rredcot_jax.parallel import processes
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the run.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the other processes of this run by itself, on a TPU pod.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where they are not found.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes this run has.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
+
+
+def join_processes(config: ConfigDict) -> None:
+  """Starts what connects this process with the others that the flags or the environment name."""
+  processes.start(
+    coordinator=COORDINATOR.value, num_processes=NUM_PROCESSES.value, process_id=PROCESS_ID.value,
+    detect=DISTRIBUTED.value, heartbeat_seconds=config.distributed.heartbeat_seconds,
+  )  # fmt: skip
+
+
+def command() -> str:
+  """The command that this process was started with."""
+  return " ".join(["python", *map(shlex.quote, sys.argv)])
+
+
+def load_file(path: str | pathlib.Path) -> ModuleType:
+  """A Python file, such as one under configs/, as a module.
+
+  Raises:
+    FileNotFoundError: if it is not there.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"no file {str(path)!r}.")
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
