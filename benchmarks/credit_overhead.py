@@ -5,8 +5,8 @@
 
 Claims with the `answer` bank: at most 1.10 on the demo's traces of 51 tokens, whose ten
 states cost three tokens each; at most 1.05 on traces of 64 lines in 16 segments (392
-tokens; the same small policy, which was never trained on that many lines, writes them with
-the end of the sequence never taken, so that every trace fills its room). In one process, from the same
+tokens). The same small policy writes those long traces. It was never trained on that many
+lines, so its end-of-sequence token is ignored and every trace fills its room. In one process, from the same
 parameters, with the same key and so the same rollouts, each repetition times a
 whole GRPO step (sample, verify, group advantage, update) and then the same with
 each bank's credit in it (segment, bank, score, values, redistribution); the
@@ -19,7 +19,6 @@ The last line is {"overhead": {bank: ratio}, "token_forwards": {bank: ratio}, "t
 """
 
 import argparse
-import importlib.util
 import json
 import pathlib
 import time
@@ -28,14 +27,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from rredcot_jax.credit import assignment
-from rredcot_jax.credit import rules as credit_lib
-from rredcot_jax.data import batching, judging, tasks
-from rredcot_jax.model import decoder, sampling
-from rredcot_jax.ops import banks, losses, types
+from rredcot_jax.credit import rules
+from rredcot_jax.credit.source import Batch
+from rredcot_jax.data import batching, judging
+from rredcot_jax.ops import banks
 from rredcot_jax.parallel import sharding
-from rredcot_jax.train import config as config_lib
-from rredcot_jax.train import initial, train_step
+from rredcot_jax.train import launch, loop, train_step
+from rredcot_jax.train.experiment import Experiment
 
 _DEMO = pathlib.Path(__file__).parent.parent / "configs" / "demo.py"
 _LONG_SEGMENTS = 16
@@ -43,11 +41,7 @@ _LONG_SEGMENTS = 16
 
 def demo_config(arg: str, chain_steps: int) -> Any:
   """The demo's configuration, with `chain_steps` lines a trace if it is not 0."""
-  spec = importlib.util.spec_from_file_location("demo", _DEMO)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(arg)
+  config = launch.load_file(_DEMO).get_config(arg)
   if chain_steps:
     config.task.options.num_steps = chain_steps
     config.rollout.max_prompt_tokens = 2 * chain_steps + 2  # A digit, then an operator and a digit a step; <think>.
@@ -62,74 +56,41 @@ class Step:
   """One training step of a configuration, repeatable from the same state."""
 
   def __init__(self, config: Any, *, endless: bool):
-    self.config, self.rule = config, config_lib.credit_rule(config)
-    self.task = tasks.make_task(**config_lib.task_options(config, "train"))
-    self.model = config_lib.model_config(config, len(self.task.tokenizer))
-    self.eos_id = -1 if endless else self.task.tokenizer.eos_token_id
-    self.tables = batching.vocab_tables(self.task.tokenizer)
-    self.mesh = sharding.make_mesh()
-    optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
-    abstract = jax.eval_shape(lambda: decoder.init(self.model, jax.random.key(0)))
-    params = initial.load_params(config.initial_params, abstract)
-    # The branch and the baseline share one state, which is never donated here: each repetition starts alike.
-    self.state = train_step.init_state(params, optimizer)
-    steps = train_step.compile_steps(
-      self.model,
-      optimizer,
-      sharding.infer(self.mesh, self.state),
-      self.mesh,
-      temperature=self.rule.temperature,
-      eos_id=self.eos_id,
-      segmentation_options=config_lib.segmentation_options(config),
-      loss_options=config_lib.loss_options(config),
-    )
-    self.steps = steps
-    self.assign = assignment.Assigner(self.task, self.model, self.mesh, **config_lib.assigner_options(config))
+    self.config, self.experiment = config, Experiment(config)
+    experiment = self.experiment
+    # Traces that fill their room: no token ends them.
+    self.eos_id = -1 if endless else experiment.codec.eos_id
+    self.rollouts = train_step.compile_rollouts(
+      experiment.model, experiment.mesh, experiment.rollout_mesh, eos_id=self.eos_id,
+      segmentation_options=config.segmentation.to_dict(),
+      sampling_options=experiment.generation_options | {"eos_id": self.eos_id},
+    )  # fmt: skip
+    # The state is never donated here: each repetition starts alike.
+    self.state = experiment.init_state(experiment.start_params(jax.random.key(0)))
 
   def run(self, repetition: int) -> tuple[float, dict[str, int]]:
     """Seconds of the step, and its tokens by kind."""
-    config, tokenizer = self.config, self.task.tokenizer
-    group = config.rollout.group_size
-    examples = [self.task[repetition * 64 + i] for i in range(config.rollout.prompts_per_step) for _ in range(group)]
-    state = jax.tree.map(lambda x: x.copy(), jax.device_put(self.state, sharding.infer(self.mesh, self.state)))
+    config, experiment, key = self.config, self.experiment, jax.random.key(repetition)
+    task, codec, mesh, group = experiment.train_task, experiment.codec, experiment.mesh, config.rollout.group_size
+    examples = [task[repetition * 64 + i] for i in range(config.rollout.prompts_per_step) for _ in range(group)]
+    state = jax.tree.map(lambda x: x.copy(), jax.device_put(self.state, experiment.placement))
     jax.block_until_ready(state)
     began = time.perf_counter()
-    prompts = batching.prompt_arrays(self.task, examples, config.rollout.max_prompt_tokens)
-    rollout, cache = sampling.sample(
-      state.params,
-      self.model,
-      *sharding.put_batch(self.mesh, prompts),
-      jax.random.key(repetition),
-      max_tokens=config.rollout.max_tokens,
-      temperature=config.rollout.temperature,
-      eos_id=self.eos_id,
-      pad_id=tokenizer.pad_token_id,
-    )
+    prompts = sharding.put_batch(mesh, batching.prompt_arrays(codec, examples, config.rollout.max_prompt_tokens))
+    rollout, cache = self.rollouts.sample(state.params, *prompts, key)
     host = jax.device_get(rollout)
-    returns = judging.returns_of(self.task, examples, host)
-    segments = self.steps.segment(rollout, self.tables) if self.rule.redistributes else None
-    assigned = self.assign(
-      state.params, None, cache, rollout, segments, returns, jax.random.key(repetition),
-      on_host=host, segments_on_host=jax.device_get(segments), examples=examples,
-    )  # fmt: skip
-    mask = losses.loss_mask(
-      rollout.mask,
-      rollout.truncated,
-      credit_lib.zero_variance(returns, self.rule),
-      mask_truncated=False,
-      filter_zero_variance=False,
-    )
-    batch = types.TrainBatch(
-      prompt_tokens=rollout.prompt_tokens,
-      prompt_mask=rollout.prompt_mask,
-      tokens=rollout.tokens,
-      mask=rollout.mask,
-      loss_mask=mask,
-      old_log_probs=rollout.log_probs,
-      reference_log_probs=rollout.log_probs,
-      advantages=assigned.advantages,
-    )
-    jax.block_until_ready(self.steps.update(state, sharding.put_batch(self.mesh, batch)))
+    returns = judging.returns_of(task, codec, examples, host)
+    if experiment.rule.redistributes:
+      segments = self.rollouts.segment(rollout, codec.tables)
+      on_host = (host, jax.device_get(segments))
+      assigned = experiment.assigner(
+        Batch(state.params, cache, rollout, segments, returns, examples, key, on_host=on_host)
+      )
+    else:
+      assigned = experiment.assigner.uniform(rollout.mask, returns)
+    zero_variance = np.asarray(rules.zero_variance(returns, experiment.rule))
+    batch = loop.train_batch(config, mesh, rollout, assigned.advantages, zero_variance)
+    jax.block_until_ready(experiment.update_steps.update(state, batch))
     seconds = time.perf_counter() - began
     columns = len(examples) * (config.rollout.max_prompt_tokens + config.rollout.max_tokens)
     trace = int(host.mask.sum()) // len(examples)

@@ -51,6 +51,7 @@ SPLITS = ("train", "eval")
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations, as in `48/2 = <<48/2=24>>24`.
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _FORMATS = (".jsonl", ".parquet")
+_DERIVED = ("####", "boxed")  # Where the answer of a row without an answer field stands in its solution.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,31 @@ class Schema:
   solution_optional: bool = False  # Whether rows without a solution are examples without steps, not errors.
   train_file: str | None = "train"  # None in a benchmark, which has no split to train on.
   eval_file: str = "test"
+
+  @classmethod
+  def of_fields(cls, fields: Mapping[str, Any]) -> "Schema":
+    """The schema of a corpus of one's own.
+
+    Args:
+      fields: `question`, `solution` and perhaps `answer`: the name of a field, or several of which the
+        first that is not null is read; and perhaps `derive`, `solution_optional`, `train_file` and
+        `eval_file`, as above.
+
+    Raises:
+      ValueError: on an unknown or missing entry.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+      names.check_option("task.options.fields", name, known)
+    for name in ("question", "solution"):
+      if name not in fields:
+        raise ValueError(f"task.options.fields has no {name!r}: give the name of the field that holds it.")
+    if fields.get("derive") not in (None, *_DERIVED):
+      names.check_option("task.options.fields.derive", str(fields["derive"]), _DERIVED)
+    if not fields.get("answer") and not fields.get("derive"):
+      raise ValueError("task.options.fields has neither 'answer' nor 'derive': rows would have no answer.")
+    several = lambda value: (value,) if isinstance(value, str) else tuple(value)
+    return cls(**{name: several(x) if name in ("question", "solution", "answer") else x for name, x in fields.items()})
 
 
 SCHEMAS: Mapping[str, Schema] = {
@@ -118,13 +144,15 @@ class Dataset:
   """One split of a corpus on local disk.
 
   Args:
-    dataset: a name in `SCHEMAS`, such as "gsm8k".
+    dataset: a name in `SCHEMAS`, such as "gsm8k", or any name together with `fields`.
     split: "train" or "eval"; see the module's docstring for the files behind them.
     data_dir: the directory that holds `<dataset>/<file split>.jsonl` or `.parquet`.
+    fields: where the rows of a corpus of one's own hold what a task needs, see `Schema.of_fields`; None for a
+      corpus in `SCHEMAS`.
     train_file, eval_file: file splits, as in "train" for `train.jsonl`, instead of the
       schema's. The same name twice divides that file between the two splits.
-    matcher: what compares a final answer with the gold one, a name in
-      `verifiers.VERIFIERS`: "math", "numeric" or "exact".
+    matcher: what compares a final answer with the gold one: a name in `verifiers.VERIFIERS` ("math", "numeric",
+      "exact"), or "package.module:function" of one's own, (response, gold answer) -> reward in [0, 1].
     format_weight: share of the reward that is paid for the form of a response; see
       `verifiers.composite`.
     skip_without_answer: leaves rows without a usable answer out, logging how many,
@@ -150,6 +178,7 @@ class Dataset:
     *,
     split: str,
     data_dir: str | pathlib.Path = "data",
+    fields: Mapping[str, Any] | None = None,
     train_file: str | None = None,
     eval_file: str | None = None,
     matcher: str = "math",
@@ -167,6 +196,7 @@ class Dataset:
       dataset,
       split=split,
       data_dir=data_dir,
+      fields=fields,
       train_file=train_file,
       eval_file=eval_file,
       matcher=matcher,
@@ -175,7 +205,7 @@ class Dataset:
     )
     self.name = f"dataset/{dataset}"
     self.counts: dict[str, int] = dict(builder.info.metadata)
-    self._match = verifiers.VERIFIERS[matcher]
+    self._match = names.resolve("task.options.matcher", matcher, verifiers.VERIFIERS)
     self._format_weight = format_weight
     self._after_question = f"\n{instruction}" if instruction else ""
     self._source: Sequence[Mapping[str, bytes]] = builder.as_data_source(split=split)
@@ -446,7 +476,8 @@ class Corpus(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self):
     config: CorpusConfig = self.builder_config
-    schema, match = config.schema, verifiers.VERIFIERS[config.matcher]
+    schema = config.schema
+    match = names.resolve("task.options.matcher", config.matcher, verifiers.VERIFIERS)
     columns = {*schema.question, *schema.solution, *schema.answer}
     held_out = {_key(_question(schema, row)) for row in _rows(config.held_out, set(schema.question))}
     counts = {"rows": 0, "without_answer": 0, "other_split": 0}
@@ -478,6 +509,7 @@ def prepare(
   *,
   split: str,
   data_dir: str | pathlib.Path,
+  fields: Mapping[str, Any] | None = None,
   train_file: str | None = None,
   eval_file: str | None = None,
   matcher: str = "math",
@@ -491,10 +523,11 @@ def prepare(
 
   Args and raises: see `Dataset`.
   """
-  names.check_option("dataset", dataset, tuple(SCHEMAS))
+  if fields is None:
+    names.check_option("dataset", dataset, tuple(SCHEMAS))
   names.check_option("split", split, SPLITS)
-  names.check_option("matcher", matcher, tuple(verifiers.VERIFIERS))
-  schema = SCHEMAS[dataset]
+  names.resolve("task.options.matcher", matcher, verifiers.VERIFIERS)
+  schema = SCHEMAS[dataset] if fields is None else Schema.of_fields(fields)
   train_file, eval_file = train_file or schema.train_file, eval_file or schema.eval_file
   file_split = train_file if split == "train" else eval_file
   if file_split is None:

@@ -33,7 +33,7 @@ from rredcot_jax.data.tasks import Example
 from rredcot_jax.ops import names
 
 SPLITS = ("train", "eval")
-SCORERS = ("library", "numeric", "exact")
+_SCORERS = {"library": None, "numeric": verifiers.numeric_match, "exact": verifiers.exact_match}
 
 # Items of the library that stand behind one example, of which the first in the split is taken. A train example needs
 # 1.3 of them on average, an eval example 4; all 64 fall outside eval with probability 1e-8.
@@ -86,7 +86,7 @@ class ReasoningGym:
     options: further fields of the data set's configuration in the library.
     scorer: what judges a final answer. "library": the data set's own scorer.
       "numeric" and "exact": `verifiers.numeric_match` and `verifiers.exact_match`
-      against the gold answer. (The own scorer of gsm_symbolic takes the first
+      against the gold answer; "package.module:function" of one's own likewise. (The own scorer of gsm_symbolic takes the first
       number that it finds and loses its sign.)
     partial_credit: whether the library's scores between 0 and 1 are passed on.
       Off, they count as 0: the base class pays 0.5 for "42" where "4" is right,
@@ -113,7 +113,7 @@ class ReasoningGym:
   ):
     _check_dataset(dataset)
     names.check_option("split", split, SPLITS)
-    names.check_option("scorer", scorer, SCORERS)
+    self._match = names.resolve("task.options.scorer", scorer, _SCORERS)
     if size < 1:
       raise ValueError(f"size={size} of {dataset!r} makes a task that yields no prompt.")
     self.name = f"reasoning_gym/{dataset}"
@@ -129,7 +129,6 @@ class ReasoningGym:
       unknown = sorted(self._templates - set(of_item))
       if unknown:
         raise ValueError(f"Template {unknown[0]} of {dataset!r} does not exist: {sorted(set(of_item))} do.")
-    self._scorer = scorer
     self._partial_credit = partial_credit
     _ = self[0]  # Raises if the options leave no example.
 
@@ -162,10 +161,8 @@ class ReasoningGym:
 
   def reward(self, example: Example, text: str) -> float:
     """See `Task.reward`."""
-    if self._scorer == "numeric":
-      return verifiers.numeric_match(text, example.answer)
-    if self._scorer == "exact":
-      return verifiers.exact_match(text, example.answer)
+    if self._match is not None:
+      return self._match(text, example.answer)
     return self._library_score(example, text)
 
   def _library_score(self, example: Example, text: str) -> float:
