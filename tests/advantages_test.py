@@ -49,6 +49,9 @@ def test_group_advantages_goldens():
   leave_one_out = advantages.group_advantages(returns, baseline="leave_one_out", scale="none")
   close(leave_one_out, [0.625, -0.625, -0.625, 0.625, 0.0])
   close(advantages.group_advantages(returns, baseline="leave_one_out"), centred * 1.25 / (std + 1e-6))
+  # The sample's deviation, 1/4 in place of 1/5, as TRL and Tunix have it.
+  close(advantages.group_advantages(returns, ddof=1), centred / (0.5 + 1e-6))
+  close(advantages.group_advantages(returns, baseline="leave_one_out", ddof=1), centred * 1.25 / (0.5 + 1e-6))
 
 
 @pytest.mark.parametrize("scale", advantages.SCALES)
@@ -71,7 +74,40 @@ def test_without_a_baseline_returns_are_kept():
 
 def test_zero_variance_is_exact():
   assert not advantages.zero_variance(jnp.array([1.0, 1.0, 1.0 + 2e-7]))
-  assert not advantages.zero_variance(jnp.array([jnp.nan, jnp.nan]))
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize(
+  "baseline, scale", [("mean", "std"), ("leave_one_out", "std"), ("mean", "none"), ("none", "none")]
+)
+def test_a_return_that_cannot_be_used_is_left_out_of_its_group(baseline, scale, ddof, garbage):
+  options = dict(baseline=baseline, scale=scale, ddof=ddof)
+  compute = jax.jit(functools.partial(advantages.group_advantages, **options))
+  rest = advantages.group_advantages(jnp.array([1.0, 0.0, 1.0, 0.5]), **options)
+  expected = np.insert(np.asarray(rest), 2, 0.0)
+  returns = jnp.array([1.0, 0.0, garbage, 1.0, 0.5])
+  np.testing.assert_allclose(compute(returns), expected, rtol=1e-6)
+  # Or where the caller says so, whatever the return is.
+  usable = jnp.array([True, True, False, True, True])
+  np.testing.assert_allclose(compute(jnp.array([1.0, 0.0, 7.0, 1.0, 0.5]), mask=usable), expected, rtol=1e-6)
+  # Neighbouring groups do not see it.
+  groups = jnp.stack([returns, jnp.array([1.0, 0.0, 0.0, 1.0, 0.5])])
+  np.testing.assert_allclose(jax.vmap(compute)(groups)[0], expected, rtol=1e-6)
+  np.testing.assert_allclose(jax.vmap(compute)(groups)[1], compute(groups[1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", advantages.SCALES)
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("returns", [[np.nan] * 3, [np.nan, 1.0, np.nan], [np.nan, 1.0, 1.0]])
+def test_fewer_than_two_different_returns_that_can_be_used_say_nothing(returns, ddof, scale):
+  for baseline in ("mean", "leave_one_out"):
+    with jax.debug_nans(True):
+      got = advantages.group_advantages(np.float32(returns), baseline=baseline, scale=scale, ddof=ddof)
+    np.testing.assert_array_equal(got, np.zeros(3))
+  assert advantages.zero_variance(np.float32(returns))
+  assert not advantages.zero_variance(jnp.array([jnp.nan, 0.0, 1.0]))
+  assert advantages.zero_variance(jnp.array([2.0, 0.0, 2.0]), mask=jnp.array([True, False, True]))
 
 
 @pytest.mark.parametrize("size", [0, 1])
@@ -241,10 +277,38 @@ def test_errors():
       advantages.group_advantages(jnp.ones(3), epsilon=epsilon)
   with pytest.raises(ValueError, match="did you mean 'std'"):
     advantages.group_advantages(jnp.ones(3), scale="sd")
-  with pytest.raises(AssertionError):
-    advantages.sigma(jnp.ones(3), 1.0, segments)
-  with pytest.raises(AssertionError):
-    advantages.group_advantages(jnp.ones((2, 3)))
+  for ddof in (2, -1):
+    with pytest.raises(ValueError, match=f"ddof={ddof} must be 0"):
+      advantages.group_advantages(jnp.ones(3), ddof=ddof)
+
+
+def test_half_precision_is_computed_in_float32():
+  returns = jnp.asarray([1.0, 0.0] * 150 + [0.5], jnp.bfloat16)
+  got = advantages.group_advantages(returns, scale="none")
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, returns.astype(jnp.float32) - 0.5, atol=1e-6)
+  # 300 tokens of coefficient 1 and 300 of 2: bfloat16 sums stop growing at 256.
+  segments, rewards = cut([300, 300], 600), reward_k([1, 2])
+  got = advantages.sigma(rewards.astype(jnp.bfloat16), jnp.bfloat16(1.0), segments)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, np.repeat([2 / 3, 4 / 3], 300), rtol=1e-6)
+  got = advantages.token_advantages(rewards.astype(jnp.bfloat16), jnp.bfloat16(1.0), segments, mode="difference")
+  assert got.dtype == jnp.float32
+  values = jnp.asarray(np.linspace(0, 1, 300), jnp.bfloat16)
+  got = advantages.generalised_advantages(values, jnp.bfloat16(1.0), jnp.ones(300, bool), decay=1.0)
+  np.testing.assert_allclose(got, 1 - values.astype(jnp.float32), atol=1e-5)
+
+
+def test_numbers_can_change_inside_a_compiled_program():
+  segments, rewards = cut([2, 3, 1]), reward_k([1, -2, 3])
+  token = jax.jit(lambda f, c: advantages.token_advantages(rewards, 1.0, segments, mode="magnitude", floor=f, scale=c))
+  group = jax.jit(lambda e: advantages.group_advantages(jnp.array([1.0, 0.0, 0.0]), epsilon=e))
+  decayed = lambda d: advantages.generalised_advantages(rewards[:3], 1.0, jnp.ones(3, bool), decay=d)
+  for x in (0.1, 0.5):
+    expected = advantages.token_advantages(rewards, 1.0, segments, mode="magnitude", floor=x, scale=3 * x)
+    np.testing.assert_allclose(token(x, 3 * x), expected, rtol=1e-6)
+    np.testing.assert_allclose(group(x), advantages.group_advantages(jnp.array([1.0, 0.0, 0.0]), epsilon=x), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(decayed)(x), decayed(x), rtol=1e-6)
 
 
 def test_generalised_advantages_by_their_definition():

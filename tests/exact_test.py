@@ -15,7 +15,7 @@ import pytest
 from rredcot_jax import redistribute
 from rredcot_jax.credit import monte_carlo
 from rredcot_jax.ops import banks, types
-from rredcot_jax.ops.values import estimate_values
+from rredcot_jax.ops.values import FORMS, calibrate, cross_fit, estimate_values, fit_calibration
 
 LENGTH, VOCAB, EOS = 4, 3, 0
 SEEDS = range(4)
@@ -50,7 +50,7 @@ class Toy:
     return [prefix for prefix in self.next if len(prefix) < LENGTH - 1]
 
 
-jitted = jax.jit(estimate_values, static_argnames=("form", "max_weight"))
+jitted = jax.jit(estimate_values, static_argnames="form")
 
 
 def estimate(log_p, utilities, log_q, form="plain", **options):
@@ -149,6 +149,8 @@ def test_forms_in_numbers():
   assert estimate(log_p, utilities, log_q) == pytest.approx((2 * 1 + 0.5 * 0.4) / 2)
   assert estimate(log_p, utilities, log_q, form="truncated") == pytest.approx((1 * 1 + 0.5 * 0.4) / 2)
   assert estimate(log_p, utilities, log_q, form="self_normalised") == pytest.approx(2.2 / 2.5)
+  assert estimate(log_p, utilities, log_q, form="power", exponent=3.0) == pytest.approx((8 * 1 + 0.125 * 0.4) / 2)
+  assert estimate(log_p, utilities, log_q, form="power", exponent=1.0) == estimate(log_p, utilities, log_q)
   arrays = [jnp.asarray(x, jnp.float32)[None] for x in (log_p, utilities, log_q)]
   lengths = jnp.array([[2, 1]])
   values, ess = estimate_values(*arrays, jnp.ones((1, 2), bool), lengths, form="length_normalised")
@@ -163,8 +165,8 @@ def test_long_completions_do_not_underflow():
 
 def test_ratios_of_tiny_weights_keep_their_digits():
   ones, lengths = jnp.ones((1, 3)), jnp.ones((1, 3), int)
-  for log_p in (-1000.0, 30.0):
-    args = (jnp.full((1, 3), log_p), jnp.array([[1.0, 0, 0]]), 0 * ones, ones > 0, lengths)
+  for log_p, log_q in ((-1000.0, 0.0), (0.0, -30.0)):
+    args = (log_p * ones, jnp.array([[1.0, 0, 0]]), log_q * ones, ones > 0, lengths)
     values, ess = estimate_values(*args, form="self_normalised")
     np.testing.assert_allclose([values[0], ess[0]], [1 / 3, 3], rtol=1e-6)
   np.testing.assert_allclose(estimate_values(*args)[0], np.exp(30.0) / 3, rtol=1e-5)
@@ -192,7 +194,7 @@ def test_empty_places_are_ignored_under_jit_and_vmap():
     np.testing.assert_allclose(estimate_values(*(x[row] for x in args))[0], values[row], atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["plain", "truncated", "self_normalised", "length_normalised"])
+@pytest.mark.parametrize("form", FORMS)
 def test_no_likelihood_at_all_is_zero_not_nan(form):
   log_p = jnp.full((1, 2), -jnp.inf)
   ones = jnp.ones((1, 2))
@@ -206,7 +208,9 @@ def test_bad_options_are_named():
   with pytest.raises(ValueError, match="did you mean 'plain'"):
     estimate_values(*args, form="plan")
   with pytest.raises(ValueError, match="max_weight=0"):
-    estimate_values(*args, max_weight=0)
+    estimate_values(*args, form="truncated", max_weight=0)
+  with pytest.raises(ValueError, match="exponent=-1"):
+    estimate_values(*args, form="power", exponent=-1)
 
 
 # ---- Monte Carlo, banks of rollouts and forms: expectations by enumeration ------------------
@@ -285,7 +289,7 @@ def group_bank(group, utility, toy, bank_size):
     log_probs[row, : len(trace)] = [np.log(toy.next[trace[:t]][trace[t]]) for t in range(len(trace))]
     ends[row] = np.minimum(np.arange(1, LENGTH + 1), len(trace))
   lengths = mask.sum(axis=1).astype(np.int32)
-  rollout = types.Rollout(tokens[:, :1], mask[:, :1], tokens, mask, log_probs, log_probs, np.zeros(2, bool))
+  rollout = types.Rollout(tokens[:, :1], mask[:, :1], tokens, mask, log_probs, log_probs, log_probs, np.zeros(2, bool))
   segments = types.Segments(ends, np.where(mask, np.arange(size), -1), lengths, np.zeros(2, np.int32))
   references = [banks.Reference((), (), (EOS,))] * 2
   returns = np.array([utility(trace) for trace in group], np.float32)
@@ -324,6 +328,60 @@ def test_length_normalisation_has_the_other_sign(seed):
       # The value where this reference alone is right is p itself.
       above += float(values[0]) > np.exp(log_p) + 1e-6
   assert above > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_power_is_above_plain_for_one_reference_and_below_the_value_for_drawn_completions(seed):
+  """The two directions of its docstring, for an exponent of 1/2, by enumeration."""
+  toy, proposal = Toy(seed), Toy(seed + 100)
+  for prefix in toy.states()[:3]:
+    traces = toy.completions(prefix)
+    log_p = [toy.log_prob(t, len(prefix)) for t in traces]
+    log_q = [proposal.log_prob(t, len(prefix)) for t in traces]
+    for one in log_p:
+      # Where this reference alone is right, the value is p itself.
+      assert estimate([one], [1.0], [0.0], form="power") == pytest.approx(np.exp(one / 2), rel=1e-5)
+      assert estimate([one], [1.0], [0.0], form="power") > np.exp(one) - 1e-6
+    # All completions are worth 1, so that the value is 1.
+    by_draw = [estimate([p], [1.0], [q], form="power") for p, q in zip(log_p, log_q)]
+    expected = np.exp(log_q) @ np.array(by_draw)
+    assert expected == pytest.approx(np.sum(np.exp((np.array(log_p) + log_q) / 2)), abs=1e-5)
+    assert expected < 1 + 1e-5
+    assert expected < 1 - 1e-3 or len(traces) == 1
+
+
+def toy_pairs(seed):
+  """States of the toy whose value is the probability p of one right way on: log p, log (1 - p) and p, [S] each."""
+  toy = Toy(seed)
+  p = [np.exp(toy.log_prob(t, len(s))) for s in toy.states() for t in toy.completions(s)]
+  p = np.array([x for x in p if 0.01 < x < 0.99])
+  return np.log(p), np.log1p(-p), p
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_calibration_is_exact_where_the_value_is_a_sigmoid_of_its_features(seed):
+  """sigmoid(log p - log (1 - p)) = p: with the expected return of each state the fit finds a = 0, b = 1, c = -1."""
+  log_p, other, exact = toy_pairs(seed)
+  arrays = [jnp.asarray(x, jnp.float32)[:, None] for x in (log_p, other[:, None])]
+  used = jnp.ones((len(exact), 1), bool)
+  fit = jax.jit(fit_calibration, static_argnames="num_steps")
+  found = fit(*arrays, jnp.asarray(exact, jnp.float32), used, ridge=1e-4, num_steps=20)
+  np.testing.assert_allclose(found, [0.0, 1.0, -1.0], atol=0.02)
+  np.testing.assert_allclose(calibrate(arrays[0][:, 0], found, arrays[1][:, 0]), exact, atol=2e-3)
+  # Each state by a fit that has not seen it.
+  others = cross_fit(*arrays, jnp.asarray(exact, jnp.float32), used, group_size=1, ridge=1e-4, num_steps=20)
+  np.testing.assert_allclose(others[:, 0], exact, atol=1e-2)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_calibration_keeps_the_mean_of_the_returns_that_it_was_fitted_to(seed):
+  """The first condition of a logistic fit, sum v = sum R, up to the prior; plain likelihoods miss it by far."""
+  log_p, _, exact = toy_pairs(seed)
+  returns = jnp.asarray(exact**0.3, jnp.float32)  # A value that is no likelihood: there are other ways to be right.
+  found = fit_calibration(jnp.asarray(log_p, jnp.float32)[:, None], None, returns, jnp.ones((len(exact), 1), bool))
+  values = calibrate(jnp.asarray(log_p, jnp.float32), found)
+  assert float(values.mean()) == pytest.approx(float(returns.mean()), abs=0.01)
+  assert abs(exact.mean() - float(returns.mean())) > 0.1
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -14,7 +14,6 @@ from rredcot_jax.ops import masked
 REDUCTIONS: dict[str, Any] = {
   "sum": (masked.masked_sum, np.sum, 0.0),
   "mean": (masked.masked_mean, np.mean, 0.0),
-  "std": (masked.masked_std, np.std, 0.0),
   "max": (masked.masked_max, np.max, -np.inf),
   "logsumexp": (masked.masked_logsumexp, lambda x: np.log(np.sum(np.exp(x))), -np.inf),
 }
@@ -67,12 +66,6 @@ def test_a_size_one_axis_of_the_mask_broadcasts():
   mask = jnp.array([[True], [False]])
   np.testing.assert_allclose(masked.masked_mean(x, mask), 2.0)
   np.testing.assert_allclose(masked.masked_mean(x, mask, axis=0), [1.0, 2.0, 3.0])
-  np.testing.assert_allclose(masked.masked_std(x, mask, axis=1), np.array([np.std([1, 2, 3]), 0.0]), rtol=1e-6)
-
-
-def test_std_gradient_is_finite_at_zero_deviation():
-  gradient = jax.grad(lambda x: masked.masked_std(x, jnp.ones(3, bool)))(jnp.full(3, 2.0))
-  np.testing.assert_array_equal(gradient, np.zeros(3))
 
 
 def test_logsumexp_counts_log_zero_as_nothing():
@@ -92,22 +85,9 @@ def test_an_unmasked_nan_is_not_hidden():
     assert np.isnan(reduce(x, jnp.ones(2, bool)))
 
 
-def test_logsumexp_and_softmax_survive_large_inputs():
+def test_logsumexp_survives_large_inputs():
   x, mask = jnp.array([-1000.0, -1001.0, jnp.inf, jnp.nan]), jnp.array([True, True, False, False])
   np.testing.assert_allclose(masked.masked_logsumexp(x, mask), -1000 + np.log1p(np.exp(-1)), rtol=1e-6)
-  expected = np.array([1.0, np.exp(-1), 0.0, 0.0]) / (1 + np.exp(-1))
-  np.testing.assert_allclose(masked.masked_softmax(x, mask), expected, rtol=1e-5)
-  jacobian = jax.jacobian(lambda x: masked.masked_softmax(x, mask))(x)
-  np.testing.assert_allclose(jacobian, np.diag(expected) - np.outer(expected, expected), atol=1e-5)
-
-
-def test_softmax_rows_and_nothing():
-  x = jnp.array([[0.0, jnp.log(3.0), 7.0], [1.0, 2.0, 3.0]])
-  mask = jnp.array([[True, True, False], [False, False, False]])
-  np.testing.assert_allclose(masked.masked_softmax(x, mask), np.array([[0.25, 0.75, 0], [0, 0, 0]]), rtol=1e-6)
-  gradient = jax.grad(lambda x: jnp.sum(masked.masked_softmax(x, mask) ** 2))(x)
-  assert np.all(np.isfinite(gradient))
-  np.testing.assert_array_equal(gradient[1], np.zeros(3))
 
 
 def test_jit_and_vmap_equal_eager():

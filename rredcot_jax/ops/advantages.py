@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rredcot_jax.ops import masked, types
+from rredcot_jax.ops import checks, masked, names, types
 
 BASELINES = ("mean", "leave_one_out", "none")
 SCALES = ("std", "none")
@@ -15,24 +15,32 @@ SIGMA_MODES = ("uniform", "magnitude", "signed")
 MODES = (*SIGMA_MODES, "difference")
 
 
-def zero_variance(returns: chex.Array) -> chex.Array:
+def zero_variance(returns: chex.Array, *, mask: chex.Array | None = None) -> chex.Array:
   """Whether every return of the group is the same, so that no outcome is better than another.
 
-  The test is exact equality, without a tolerance. A NaN return makes it False.
+  The test is exact equality, without a tolerance.
 
   Args:
     returns: [G] floating, G >= 1, one return for each trace of one prompt's group.
+    mask: [G] bool, the returns that can be used, see `group_advantages`.
 
   Returns:
-    [] bool.
+    [] bool; True where fewer than two returns can be used.
   """
-  chex.assert_rank(returns, 1)
-  chex.assert_type(returns, float)
-  return jnp.max(returns) == jnp.min(returns)
+  usable = _usable(returns, mask)
+  highest = jnp.max(jnp.where(usable, returns, -jnp.inf))
+  lowest = jnp.min(jnp.where(usable, returns, jnp.inf))
+  return highest <= lowest
 
 
 def group_advantages(
-  returns: chex.Array, *, baseline: str = "mean", scale: str = "std", epsilon: float = 1e-6
+  returns: chex.Array,
+  *,
+  baseline: str = "mean",
+  scale: str = "std",
+  epsilon: chex.Numeric = 1e-6,
+  ddof: int = 0,
+  mask: chex.Array | None = None,
 ) -> chex.Array:
   """The group-relative advantage of each trace of one prompt.
 
@@ -43,51 +51,74 @@ def group_advantages(
       b_i = mean_{j != i} R_j                     baseline="leave_one_out"
       b_i = 0                                     baseline="none", with scale="none" only
 
+      std(R)^2 = sum_j (R_j - mean R)^2 / (G - ddof)
+
   mean with std is GRPO (arXiv 2402.03300), mean with none is Dr. GRPO
   (arXiv 2503.20783), leave_one_out with none is RLOO (arXiv 2402.14740), none with
   none is REINFORCE without a baseline: rewards of 0 and 1 then only ever praise.
-  The deviation is the population one, over all G returns. Dividing by it
-  overweights prompts that are nearly solved or nearly hopeless.
+  The deviation is the population's by default (ddof=0). TRL and Tunix divide by G - 1
+  (ddof=1), which makes advantages smaller by a factor of sqrt((G - 1) / G): 0.935 for G = 8.
+  Dividing by the deviation overweights prompts that are nearly solved or nearly hopeless.
 
   A group of zero variance (see `zero_variance`) gets exactly 0, not the rounding
   error of its mean divided by epsilon; without a baseline it keeps its returns.
+
+  A return that cannot be used (NaN, infinite, or not in `mask`) is left out: its own
+  advantage is 0, and those of the others are computed as if G were smaller by one. Nothing
+  counts such returns here: the caller does, with `jnp.sum(~jnp.isfinite(returns))`.
 
   Args:
     returns: [G] floating, G >= 2, one return for each trace of one prompt.
     baseline: one of `BASELINES`.
     scale: one of `SCALES`.
-    epsilon: float > 0 added to the deviation; read by scale="std" only.
+    epsilon: float > 0 added to the deviation; read by scale="std" only. May be traced.
+    ddof: 0 or 1, what is taken from G under the deviation.
+    mask: [G] bool, the returns that can be used; all that are finite where None.
 
   Returns:
-    [G] of the type of `returns`. No gradient flows to `returns`.
+    [G] float32 (float64 where `returns` is). No gradient flows to `returns`.
 
   Raises:
-    ValueError: if an option is unknown, G < 2, epsilon is not positive, or scale="std" has no baseline.
+    ValueError: on wrong shapes and types; if an option is unknown, G < 2, epsilon is not
+      positive, ddof is neither 0 nor 1, or scale="std" has no baseline.
   """
-  types.check_option("baseline", baseline, BASELINES)
-  types.check_option("scale", scale, SCALES)
-  chex.assert_rank(returns, 1)
-  chex.assert_type(returns, float)
-  if not epsilon > 0:
-    raise ValueError(f"epsilon={epsilon} must be > 0: it keeps a group of equal returns from a division by 0.")
-  group_size = returns.shape[0]
-  if group_size < 2:
+  names.check_option("baseline", baseline, BASELINES)
+  names.check_option("scale", scale, SCALES)
+  usable = _usable(returns, mask)
+  must = "be > 0: it keeps a group of equal returns from a division by 0."
+  checks.check_number("epsilon", epsilon, lambda x: x > 0, must)
+  if ddof not in (0, 1):
+    raise ValueError(f"ddof={ddof} must be 0 (the population's deviation) or 1 (the sample's).")
+  if returns.shape[0] < 2:
     raise ValueError(
-      f"A group of {group_size} has no group-relative advantage: there is nothing to compare a return with. "
+      f"A group of {returns.shape[0]} has no group-relative advantage: there is nothing to compare a return with. "
       "Sample at least 2 traces for each prompt."
     )
+  if baseline == "none" and scale != "none":
+    raise ValueError("baseline='none' with scale='std' divides by 0 where all returns agree; set scale='none'.")
 
-  returns = jax.lax.stop_gradient(returns)
+  returns = jax.lax.stop_gradient(jnp.where(usable, checks.at_least_float32(returns), 0))
   if baseline == "none":
-    if scale != "none":
-      raise ValueError("baseline='none' with scale='std' divides by 0 where all returns agree; set scale='none'.")
     return returns
-  centred = returns - jnp.mean(returns)
+  count = jnp.sum(usable)
+  centred = jnp.where(usable, returns - masked.masked_mean(returns, usable), 0)
+  deviation = jnp.sqrt(jnp.sum(centred**2) / jnp.maximum(count - ddof, 1))
   if baseline == "leave_one_out":
-    centred = centred * (group_size / (group_size - 1))
+    centred = centred * (count / jnp.maximum(count - 1, 1))
   if scale == "std":
-    centred = centred / (jnp.std(returns) + epsilon)
-  return jnp.where(zero_variance(returns), 0, centred)
+    centred = centred / (deviation + epsilon)
+  return jnp.where(zero_variance(returns, mask=usable), 0, centred)
+
+
+def _usable(returns: chex.Array, mask: chex.Array | None) -> chex.Array:
+  """[G] bool: the returns that are finite and in `mask`."""
+  checks.check_array("returns", returns, "G", float)
+  usable = jnp.isfinite(returns)
+  if mask is None:
+    return usable
+  checks.check_array("mask", mask, "G", bool)
+  checks.check_shape("mask", mask, returns.shape, "returns")
+  return jnp.logical_and(usable, mask)
 
 
 def sigma(
@@ -96,7 +127,7 @@ def sigma(
   segments: types.Segments,
   *,
   mode: str = "magnitude",
-  floor: float = 0.0,
+  floor: chex.Numeric = 0.0,
 ) -> chex.Array:
   """The normalised coefficients that multiply GRPO's gradient, token by token.
 
@@ -130,21 +161,21 @@ def sigma(
     segments: the trace's `Segments`, unbatched.
     mode: one of `SIGMA_MODES`.
     floor: float in [0, 1], the least coefficient of a token; 1 gives uniform credit.
-      "uniform" does not depend on it.
+      "uniform" does not depend on it. May be traced, and is not checked then.
 
   Returns:
-    [T] of the type of `rewards`, >= 0, of mean 1 over the trace's tokens, 0 on
+    [T] float32 (float64 where `rewards` is), >= 0, of mean 1 over the trace's tokens, 0 on
     padding. No gradient flows to `rewards` or to `group_advantage`.
 
   Raises:
-    ValueError: if `mode` is unknown or `floor` is outside [0, 1].
+    ValueError: on wrong shapes and types, if `mode` is unknown, if `floor` is outside [0, 1], and, where
+      segments are concrete, if their ids decrease or lie outside [-1, K).
   """
-  types.check_option("mode", mode, SIGMA_MODES)
+  names.check_option("mode", mode, SIGMA_MODES)
   _check_trace(rewards, group_advantage, segments)
-  if not 0.0 <= floor <= 1.0:
-    raise ValueError(f"floor={floor} must be in [0, 1].")
+  checks.check_number("floor", floor, lambda x: 0 <= x <= 1, "lie in [0, 1].")
 
-  rewards = jax.lax.stop_gradient(rewards)
+  rewards = jax.lax.stop_gradient(checks.at_least_float32(rewards))
   if mode == "uniform":
     raw_k = jnp.ones_like(rewards)
   elif mode == "magnitude":
@@ -169,8 +200,8 @@ def token_advantages(
   segments: types.Segments,
   *,
   mode: str = "uniform",
-  floor: float = 0.0,
-  scale: float = 1.0,
+  floor: chex.Numeric = 0.0,
+  scale: chex.Numeric = 1.0,
 ) -> chex.Array:
   """The advantage of each token of one trace.
 
@@ -190,25 +221,28 @@ def token_advantages(
     group_advantage: [] floating, A_i of this trace; not read by "difference".
     segments: the trace's `Segments`, unbatched.
     mode: one of `MODES`.
-    floor: float in [0, 1], see `sigma`; without effect on "uniform" and "difference".
-    scale: float, multiplies every advantage.
+    floor: float in [0, 1], see `sigma`; without effect on "uniform" and "difference". May be traced.
+    scale: float, multiplies every advantage. May be traced.
 
   Returns:
-    [T] of the type of `rewards`, 0 on padding. No gradient flows to the arguments.
+    [T] float32 (float64 where `rewards` is), 0 on padding. No gradient flows to the arguments.
 
   Raises:
-    ValueError: if `mode` is unknown or `floor`, where it is read, is outside [0, 1].
+    ValueError: as `sigma`; `floor` is checked where it is read.
   """
-  types.check_option("mode", mode, MODES)
+  names.check_option("mode", mode, MODES)
   _check_trace(rewards, group_advantage, segments)
 
+  rewards = checks.at_least_float32(rewards)
   if mode == "difference":
     return scale * _to_tokens(jax.lax.stop_gradient(rewards), segments)
   outcome = jax.lax.stop_gradient(jnp.asarray(group_advantage, rewards.dtype))
   return scale * outcome * sigma(rewards, group_advantage, segments, mode=mode, floor=floor)
 
 
-def generalised_advantages(values: chex.Array, return_: chex.Numeric, mask: chex.Array, *, decay: float) -> chex.Array:
+def generalised_advantages(
+  values: chex.Array, return_: chex.Numeric, mask: chex.Array, *, decay: chex.Numeric
+) -> chex.Array:
   """Generalised advantage estimation for one reward at the trace's end (arXiv 1506.02438), undiscounted.
 
       delta_t = V(s_{t+1}) - V(s_t),   V(s_L) := R
@@ -224,19 +258,20 @@ def generalised_advantages(values: chex.Array, return_: chex.Numeric, mask: chex
     values: [T] floating, V(s_t) of the state before token t; what is not in `mask` is ignored.
     return_: [] floating, the verifier's reward R.
     mask: [T] bool, the trace's L real tokens, a prefix of True.
-    decay: lambda in [0, 1].
+    decay: lambda in [0, 1]. May be traced, and is not checked then.
 
   Returns:
-    [T] of the type of `values`, 0 on padding. No gradient flows to the arguments.
+    [T] float32 (float64 where `values` is), 0 on padding. No gradient flows to the arguments.
 
   Raises:
-    ValueError: if `decay` is outside [0, 1].
+    ValueError: on wrong shapes and types, or if `decay` is outside [0, 1].
   """
-  if not 0.0 <= decay <= 1.0:
-    raise ValueError(f"decay={decay} must be in [0, 1].")
-  chex.assert_rank([values, return_, mask], [1, 0, 1])
-  chex.assert_type([values, return_, mask], [float, float, bool])
-  chex.assert_equal_shape([values, mask])
+  checks.check_number("decay", decay, lambda x: 0 <= x <= 1, "lie in [0, 1].")
+  checks.check_array("values", values, "T", float)
+  checks.check_array("return_", return_, "", float)
+  checks.check_array("mask", mask, "T", bool)
+  checks.check_shape("mask", mask, values.shape, "values")
+  values = checks.at_least_float32(values)
   values = jax.lax.stop_gradient(jnp.where(mask, values, jnp.asarray(return_, values.dtype)))
   deltas = jnp.where(mask, jnp.append(values[1:], jnp.asarray(return_, values.dtype)) - values, 0)
 
@@ -249,11 +284,10 @@ def generalised_advantages(values: chex.Array, return_: chex.Numeric, mask: chex
 
 
 def _check_trace(rewards: chex.Array, group_advantage: chex.Numeric, segments: types.Segments) -> None:
-  chex.assert_rank(
-    [rewards, group_advantage, segments.ends, segments.segment_ids, segments.num_segments], [1, 0, 1, 1, 0]
-  )
-  chex.assert_type([rewards, group_advantage, segments.segment_ids], [float, float, int])
-  chex.assert_equal_shape([rewards, segments.ends])
+  checks.check_array("rewards", rewards, "K", float)
+  checks.check_array("group_advantage", group_advantage, "", float)
+  checks.check_segments(segments)
+  checks.check_shape("rewards", rewards, segments.ends.shape, "segments.ends")
 
 
 def _to_tokens(x_k: chex.Array, segments: types.Segments) -> chex.Array:

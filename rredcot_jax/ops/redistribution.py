@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rredcot_jax.ops import types
+from rredcot_jax.ops import checks, names
 
 INITIAL_VALUES = ("baseline", "first_segment")
 
@@ -26,18 +26,29 @@ def state_values(values: chex.Array, return_: chex.Numeric, num_segments: chex.N
       k is the value of the state *before* segment k. Entries at k >= num_segments
       are ignored and may hold anything, NaN included.
     return_: [] floating, the verifier's reward R for the whole trace.
-    num_segments: [] integer in [0, K].
+    num_segments: [] integer in [0, K]. Outside that range a concrete number raises. A traced
+      one is limited to it, so that the return always has a place.
 
   Returns:
-    [K + 1] of the type of `values`: v(s_0) .. v(s_K), R from num_segments on.
+    [K + 1] float32 (float64 where `values` is): v(s_0) .. v(s_K), R from num_segments on.
     No gradient flows to `values` or to `return_`.
-  """
-  chex.assert_rank([values, return_, num_segments], [1, 0, 0])
-  chex.assert_type([values, return_, num_segments], [float, float, int])
 
+  Raises:
+    ValueError: on wrong shapes and types, K = 0, or a concrete `num_segments` outside [0, K].
+  """
+  checks.check_array("values", values, "K", float)
+  checks.check_array("return_", return_, "", float)
+  checks.check_array("num_segments", num_segments, "", int)
+  k_max = values.shape[0]
+  if not k_max:
+    raise ValueError("values has shape (0,): there must be room for at least one state (K).")
+  must = f"lie in [0, {k_max}], the room that values [K] has: cut the trace into at most K segments."
+  checks.check_number("num_segments", num_segments, lambda n: 0 <= n <= k_max, must)
+
+  values = checks.at_least_float32(values)
   values = jnp.append(values, jnp.zeros((1,), values.dtype))
   terminal = jnp.asarray(return_, values.dtype)
-  completed = jnp.where(jnp.arange(values.shape[0]) < num_segments, values, terminal)
+  completed = jnp.where(jnp.arange(k_max + 1) < jnp.minimum(num_segments, k_max), values, terminal)
   return jax.lax.stop_gradient(completed)
 
 
@@ -65,21 +76,24 @@ def redistribute(
   segment to credit: every r_k is 0, in both forms, and state 0 is terminal, so
   that "baseline" still sums to R - v(s_0) = 0 while "first_segment" drops R.
 
+  The differences are taken in float32 whatever the type of `values`: in bfloat16 the sum
+  over 512 segments misses the return by one or two percent.
+
   Args:
     values: [K] floating, v(s_0) .. v(s_{K-1}); entries at k >= num_segments are
       ignored and may hold anything.
     return_: [] floating, the verifier's reward R.
-    num_segments: [] integer in [0, K].
+    num_segments: [] integer in [0, K]; see `state_values` for what is outside.
     initial_value: one of `INITIAL_VALUES`.
 
   Returns:
-    [K] of the type of `values`, r_k, 0 where there is no segment. No gradient
+    [K] float32 (float64 where `values` is), r_k, 0 where there is no segment. No gradient
     flows to `values` or to `return_`.
 
   Raises:
-    ValueError: if `initial_value` is unknown.
+    ValueError: as `state_values`, and if `initial_value` is unknown.
   """
-  types.check_option("initial_value", initial_value, INITIAL_VALUES)
+  names.check_option("initial_value", initial_value, INITIAL_VALUES)
   completed = state_values(values, return_, num_segments)
 
   before = completed[:-1]
