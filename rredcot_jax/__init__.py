@@ -12,6 +12,8 @@ from rredcot_jax.ops.segmentation import VocabTables, segment, vocab_tables
 from rredcot_jax.ops.types import Completions, Credit, Rollout, Segments, TrainBatch
 from rredcot_jax.ops.values import estimate_values
 
+__version__ = "0.2.0"
+
 __all__ = [
   "Completions",
   "Credit",
