@@ -3,7 +3,7 @@
 XLA's cost analysis counts the body of a loop once, whatever its trip count, and our layers
 are a loop. So the operations are counted on the jaxpr: matrix products exactly, arithmetic
 and reductions one an element, data movement nothing. On a program without loops this
-agrees with XLA's figure (tests/study_test.py).
+agrees with XLA's figure (tests/flops_test.py).
 """
 
 import math
@@ -19,22 +19,25 @@ _ELEMENTWISE = frozenset({
 _REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"})
 
 
-def count(function: Callable[..., Any], *args: Any, while_steps: float = 1.0) -> float:
+def count(function: Callable[..., Any], *args: Any) -> float:
   """Operations of `function(*args)`.
 
   Args:
     function: traced, not run.
     *args: arrays or `jax.ShapeDtypeStruct`s.
-    while_steps: how often the body of a `while_loop` runs, which no tracing can know.
+
+  Returns:
+    A number of operations. The body of a `while_loop` counts once, because no tracing
+    can know how often it runs; of a conditional's branches the longest counts.
   """
-  return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, while_steps)
+  return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _of_jaxpr(jaxpr: Any, while_steps: float) -> float:
-  return sum(_of_equation(equation, while_steps) for equation in jaxpr.eqns)
+def _of_jaxpr(jaxpr: Any) -> float:
+  return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any, while_steps: float) -> float:
+def _of_equation(equation: Any) -> float:
   name, parameters = equation.primitive.name, equation.params
   if name == "dot_general":
     (contracted, _), _ = parameters["dimension_numbers"]
@@ -45,9 +48,9 @@ def _of_equation(equation: Any, while_steps: float) -> float:
   if name in _REDUCTIONS:
     return float(math.prod(equation.invars[0].aval.shape))
   if name == "while":
-    return while_steps * _of_jaxpr(parameters["body_jaxpr"].jaxpr, while_steps)
+    return _of_jaxpr(parameters["body_jaxpr"].jaxpr)
   if name == "cond":
-    return max(_of_jaxpr(branch.jaxpr, while_steps) for branch in parameters["branches"])
+    return max(_of_jaxpr(branch.jaxpr) for branch in parameters["branches"])
   times = parameters["length"] if name == "scan" else 1
   inner = (parameters.get(key) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"))
-  return times * sum(_of_jaxpr(getattr(x, "jaxpr", x), while_steps) for x in inner if x is not None)
+  return times * sum(_of_jaxpr(getattr(x, "jaxpr", x)) for x in inner if x is not None)
