@@ -42,7 +42,8 @@ for _name, (_theirs, _ours) in list(CASES.items()):
   CASES[f"{_name} kl"] = (_theirs | dict(beta=0.1), _ours | dict(kl="k3", kl_coefficient=0.1))
   if _name not in ("cispo", "gspo"):
     CASES[f"{_name} dual"] = (_theirs | dict(delta=1.4), _ours | dict(dual_clip=1.4))
-  for _level in ("token", "sequence"):
+  # GSPO with weights a token is another loss there: see the table in ops/losses.py.
+  for _level in ("token", "sequence") if _name != "gspo" else ("sequence",):
     CASES[f"{_name} {_level} importance kl"] = (
       _theirs | dict(beta=0.1, importance=_level),
       _ours | dict(kl="k3", kl_coefficient=0.1, importance=_level, importance_cap=CAP),
