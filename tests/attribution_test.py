@@ -128,12 +128,12 @@ def test_the_thought_ends_at_the_first_whole_exit_or_before_the_end_of_sequence(
   np.testing.assert_array_equal(attribution.thought_lengths(rollout, EXIT), THOUGHTS)
   np.testing.assert_array_equal(attribution.thought_lengths(rollout, ()), [8, 5, 9, 3])
   np.testing.assert_array_equal(attribution.thought_lengths(rollout, tuple(range(T + 1))), [8, 5, 9, 3])
-  whole = rollout.replace(truncated=jnp.ones(B, bool))
+  whole = dataclasses.replace(rollout, truncated=jnp.ones(B, bool))
   np.testing.assert_array_equal(attribution.thought_lengths(whole, EXIT), [5, 6, 9, 0])
   # Two exits: the first. An exit that only padding would complete: none.
-  twice = rollout.replace(tokens=rollout.tokens.at[0, :2].set(jnp.array(EXIT)))
+  twice = dataclasses.replace(rollout, tokens=rollout.tokens.at[0, :2].set(jnp.array(EXIT)))
   assert int(attribution.thought_lengths(twice, EXIT)[0]) == 0
-  tail = whole.replace(tokens=whole.tokens.at[1, 5:7].set(jnp.array(EXIT)))
+  tail = dataclasses.replace(whole, tokens=whole.tokens.at[1, 5:7].set(jnp.array(EXIT)))
   assert int(attribution.thought_lengths(tail, EXIT)[1]) == 6
 
 
@@ -323,12 +323,13 @@ def test_rows_do_not_see_their_neighbours_nor_padding(name):
   alone = ask(name, params, one(rollout), one(segments), one(completions))
   np.testing.assert_allclose(alone[0], credit(name)[1], rtol=1e-3, atol=1e-6)
   garbage = (
-    rollout.replace(
+    dataclasses.replace(
+      rollout,
       tokens=jnp.where(rollout.mask, rollout.tokens, 7),
       prompt_tokens=jnp.where(rollout.prompt_mask, rollout.prompt_tokens, 8),
     ),
     segments,
-    completions.replace(tokens=jnp.where(completions.mask, completions.tokens, 9)),
+    dataclasses.replace(completions, tokens=jnp.where(completions.mask, completions.tokens, 9)),
   )
   np.testing.assert_allclose(ask(name, params, *garbage), credit(name), rtol=1e-4, atol=1e-6)
 
@@ -336,7 +337,7 @@ def test_rows_do_not_see_their_neighbours_nor_padding(name):
 @pytest.mark.parametrize("name", attribution.ATTRIBUTIONS)
 def test_what_follows_the_thought_does_not_matter(name):
   params, rollout, segments, completions = case()
-  other = rollout.replace(tokens=rollout.tokens.at[0, 7].set(3))
+  other = dataclasses.replace(rollout, tokens=rollout.tokens.at[0, 7].set(3))
   assert rollout.tokens[0, 7] != 3 and rollout.mask[0, 7]
   np.testing.assert_array_equal(ask(name, params, other, segments, completions)[0], credit(name)[0])
 
@@ -352,7 +353,8 @@ def test_chunks_change_nothing(name, chunk_size):
 @pytest.mark.parametrize("name", attribution.ATTRIBUTIONS)
 def test_a_row_without_a_completion_has_no_credit(name):
   params, rollout, segments, completions = case()
-  empty = completions.replace(
+  empty = dataclasses.replace(
+    completions,
     valid=completions.valid.at[0].set(False),
     mask=completions.mask.at[0].set(False),
     scored=completions.scored.at[0].set(False),

@@ -117,7 +117,7 @@ def test_a_run_goes_on_without_a_checkpoint_and_without_a_step(tmp_path, monkeyp
   def poisoned(*args):
     batch = original(*args)
     batches.append(batch)
-    return batch.replace(advantages=batch.advantages * jnp.nan) if len(batches) == 2 else batch
+    return dataclasses.replace(batch, advantages=batch.advantages * jnp.nan) if len(batches) == 2 else batch
 
   saved, save = [], checkpoint.Checkpointer.save
 

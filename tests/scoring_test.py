@@ -1,5 +1,6 @@
 """Prefix-shared scoring against re-running every prefix, and the masks around it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -37,6 +38,7 @@ def case():
     tokens=np.where(mask, rng.integers(2, 23, (B, T)), 0).astype(np.int32),
     mask=mask,
     log_probs=np.zeros((B, T), np.float32),
+    sampler_log_probs=np.zeros((B, T), np.float32),
     entropy=np.zeros((B, T), np.float32),
     truncated=np.zeros(B, bool),
   )
@@ -173,14 +175,16 @@ def test_the_samplers_cache_serves_as_well_as_a_forward_pass():
 def test_rows_do_not_see_their_neighbours():
   _, rollout, segments, completions = case()
   whole = shared(rollout, segments, completions)
-  noisy = completions.replace(tokens=completions.tokens.at[0].set(5), scored=completions.scored.at[0].set(True))
+  noisy = dataclasses.replace(
+    completions, tokens=completions.tokens.at[0].set(5), scored=completions.scored.at[0].set(True)
+  )
   np.testing.assert_allclose(shared(rollout, segments, noisy)[1:], whole[1:], atol=1e-6)
   assert not np.allclose(shared(rollout, segments, noisy)[0], whole[0])
 
 
 def test_padding_of_a_completion_is_never_read():
   _, rollout, segments, completions = case()
-  garbage = completions.replace(tokens=jnp.where(completions.mask, completions.tokens, 7))
+  garbage = dataclasses.replace(completions, tokens=jnp.where(completions.mask, completions.tokens, 7))
   np.testing.assert_array_equal(shared(rollout, segments, garbage), shared(rollout, segments, completions))
 
 

@@ -1,5 +1,6 @@
 """Segmentation: hand-cut texts, an oracle that works on characters, and the rules every method shares."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -10,16 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from rredcot_jax.ops import segmentation, types
+from rredcot_jax.ops import anatomy, segmentation, types
 
 T = 24
 EOS = "<eos>"
 # Tokens of letters, words that a keyword is a part of ("Some"), every shape of newline, numbers.
 VOCAB = (EOS, "\n", "\n\n", ".\n", " \n", ".", '?"', " x", "x", "3")
 VOCAB += ("So", " So", " Let", "Let", " me", "me", "Hmm,")
+VOCAB += ("</think>", "</", "think>\n")
 IDS = {text: token for token, text in enumerate(VOCAB)}
 KEYWORD_TEXTS = (("So",), (" So",), (" Let", " me"), ("Let", " me"), ("Hmm,",))
 TABLES = segmentation.vocab_tables(VOCAB, [[IDS[piece] for piece in n_gram] for n_gram in KEYWORD_TEXTS])
+EXIT_TABLE = anatomy.exit_table(VOCAB, "</think>")
 
 # Values of which random traces are full, so that ties occur.
 ENTROPIES = np.array([0.0, -0.0, 0.5, 1.0, 2.0], np.float32)
@@ -31,13 +34,20 @@ LIMITS = ((1, None), (12, 3), (16, None))
 STRIDE, THRESHOLD = 3, 0.9
 
 
-def bound(method, k_max, target=None, stride=STRIDE, threshold=THRESHOLD, eos_id=IDS[EOS]):
-  options = {"k_max": k_max, "target": target, "stride": stride, "threshold": threshold, "eos_id": eos_id}
-  return functools.partial(segmentation.segment, method=method, **options)
+def bound(method, k_max, target=None, stride=STRIDE, threshold=THRESHOLD, eos_ids=IDS[EOS], **options):
+  """`segment` as a function of arrays alone."""
+  options |= {"k_max": k_max, "target": target, "stride": stride, "threshold": threshold, "eos_ids": eos_ids}
+
+  def run(tokens, mask, log_probs, entropy, tables):
+    return segmentation.segment(tokens, mask, tables, method=method, log_probs=log_probs, entropy=entropy, **options)
+
+  return run
 
 
-def every_method(*args, k_max, target=None, **options):
+def every_method(*args, k_max, target=None, after_exit=None, **options):
   """{method: Segments}: one function to compile for each setting rather than ten."""
+  if after_exit:
+    options |= {"exit_table": EXIT_TABLE, "after_exit": after_exit}
   return {method: bound(method, k_max, target, **options)(*args) for method in segmentation.METHODS}
 
 
@@ -61,9 +71,9 @@ def trace(pieces, entropy=None, probs=None):
   ones = np.ones(len(pieces))
   return (
     padded([IDS[piece] for piece in pieces], IDS["\n"], np.int32),
+    padded(ones, 0, bool),
     padded(np.log(ones if probs is None else probs), -np.inf, np.float32),
     padded(ones if entropy is None else entropy, np.nan, np.float32),
-    padded(ones, 0, bool),
     TABLES,
   )
 
@@ -179,12 +189,12 @@ def test_keyword_golden():
 
 
 def test_keyword_does_not_reach_into_padding():
-  tokens, log_probs, entropy, mask, tables = trace(["x", "\n", "Let"])
+  tokens, mask, log_probs, entropy, tables = trace(["x", "\n", "Let"])
   tokens[3] = IDS[" me"]
-  assert int(jitted(*ALL)(tokens, log_probs, entropy, mask, tables)["keyword"].num_segments) == 1
-  tokens, log_probs, entropy, mask, tables = trace(["x", "\n", "So"])
+  assert int(jitted(*ALL)(tokens, mask, log_probs, entropy, tables)["keyword"].num_segments) == 1
+  tokens, mask, log_probs, entropy, tables = trace(["x", "\n", "So"])
   tokens[3] = IDS["me"]
-  assert int(jitted(*ALL)(tokens, log_probs, entropy, mask, tables)["keyword"].num_segments) == 2
+  assert int(jitted(*ALL)(tokens, mask, log_probs, entropy, tables)["keyword"].num_segments) == 2
 
 
 def test_no_keywords():
@@ -216,7 +226,7 @@ def test_probability_golden():
 def test_probability_threshold_is_strict():
   at, below = np.float32(np.log(0.9)), np.nextafter(np.float32(np.log(0.9)), np.float32(-1))
   args = trace(["x", "3", "x"])
-  args[1][1:3] = at, below
+  args[2][1:3] = at, below
   np.testing.assert_array_equal(jitted(*ALL)(*args)["probability"].segment_ids[:3], [0, 0, 1])
 
 
@@ -273,7 +283,7 @@ def test_eos_rule_is_what_joins_eos(method):
   pieces = ["x", "3", "x", EOS]
   args = trace(pieces, probs=[0.1] * 4)
   assert split(jitted(4, stride=1)(*args)[method], pieces) == [["x"], ["3"], ["x", EOS]]
-  without_rule = jitted(4, stride=1, eos_id=-1)(*args)[method]
+  without_rule = jitted(4, stride=1, eos_ids=())(*args)[method]
   assert split(without_rule, pieces) == [["x"], ["3"], ["x"], [EOS]]
 
 
@@ -312,12 +322,17 @@ def opens_by_text(method, head, rest):
   return opens_line(head, rest) or opens_by_text("keyword", head, rest)
 
 
-def oracle(method, pieces, log_probs, entropy, limit):
+def oracle(method, pieces, log_probs, entropy, limit, after_exit=None):
   """Cuts kept and number of cuts given up, in plain Python over the text."""
   last = len(pieces)
   while last and pieces[last - 1] == EOS:
     last -= 1
-  places = range(1, last)
+  places, exits = range(1, last), []
+  if after_exit:
+    left = exit_place(pieces)
+    if 0 < left < last and limit > 1 and method != "whole":
+      exits, limit = [left], limit - 1
+    places = [t for t in places if (t < left if after_exit == "one" else t not in exits)]
   found = {
     "whole": lambda: [],
     "stride": lambda: [t for t in places if t % STRIDE == 0],
@@ -338,7 +353,14 @@ def oracle(method, pieces, log_probs, entropy, limit):
     kept = [found[first - 1] for first in firsts]
   else:
     kept = found
-  return sorted(kept), 0 if method in ("uniform", "entropy") else len(found) - len(kept)
+  return sorted(kept + exits), 0 if method in ("uniform", "entropy") else len(found) - len(kept)
+
+
+def exit_place(pieces):
+  """The piece in which the first exit begins, by searching the text; len(pieces) without one."""
+  place = "".join(pieces).find("</think>")
+  ends = list(itertools.accumulate(map(len, pieces)))
+  return next((t for t, end in enumerate(ends) if place < end), 0) if place >= 0 else len(pieces)
 
 
 @st.composite
@@ -351,7 +373,7 @@ def traces(draw):
 
 
 def arguments(pieces, log_probs, entropy):
-  return trace(pieces)[0], log_probs, entropy, np.arange(T) < len(pieces), TABLES
+  return trace(pieces)[0], np.arange(T) < len(pieces), log_probs, entropy, TABLES
 
 
 @hypothesis.settings(max_examples=150)
@@ -409,20 +431,21 @@ def random_batch(seed, lengths):
   b = len(lengths)
   tokens = rng.integers(0, len(VOCAB), (b, T)).astype(np.int32)
   mask = np.arange(T)[None, :] < np.array(lengths)[:, None]
-  return tokens, rng.choice(LOG_PROBS, (b, T)), rng.choice(ENTROPIES, (b, T)), mask
+  return tokens, mask, rng.choice(LOG_PROBS, (b, T)), rng.choice(ENTROPIES, (b, T))
 
 
 def test_padding_content_changes_nothing():
-  tokens, log_probs, entropy, mask = random_batch(0, lengths=[0, 1, 7, 13, 23])
-  clean = batched()(*(np.where(mask, x, 0) for x in (tokens, log_probs, entropy)), mask, TABLES)
+  tokens, mask, log_probs, entropy = random_batch(0, lengths=[0, 1, 7, 13, 23])
+  clean = batched()(np.where(mask, tokens, 0), mask, *(np.where(mask, x, 0) for x in (log_probs, entropy)), TABLES)
   for garbage_token in (IDS["\n"], IDS["So"], IDS["me"], IDS["x"], -1, len(VOCAB) + 5):
     for garbage in (np.nan, -np.inf, np.inf):
       dirty = (
         np.where(mask, tokens, garbage_token).astype(np.int32),
+        mask,
         np.where(mask, log_probs, garbage).astype(np.float32),
         np.where(mask, entropy, garbage).astype(np.float32),
       )
-      jax.tree.map(np.testing.assert_array_equal, batched()(*dirty, mask, TABLES), clean)
+      jax.tree.map(np.testing.assert_array_equal, batched()(*dirty, TABLES), clean)
 
 
 def row_of(tree, row):
@@ -453,31 +476,216 @@ def test_vmap_and_jit_equal_eager():
 
 def test_ids_outside_the_vocabulary_read_as_plain_tokens():
   # Embedding tables are padded, so a sampler can emit ids that the tokenizer lacks.
-  tokens, log_probs, entropy, mask, tables = trace(["x", "3", "\n", "3", "So"])
-  plain = jitted(*ALL)(tokens, log_probs, entropy, mask, tables)
+  tokens, mask, log_probs, entropy, tables = trace(["x", "3", "\n", "3", "So"])
+  plain = jitted(*ALL)(tokens, mask, log_probs, entropy, tables)
   for outside in (len(VOCAB), 10**6, -len(VOCAB) + 1):  # The last would wrap round to a newline.
     tokens[3] = outside
-    again = jitted(*ALL)(tokens, log_probs, entropy, mask, tables)
+    again = jitted(*ALL)(tokens, mask, log_probs, entropy, tables)
     jax.tree.map(np.testing.assert_array_equal, again, plain)
 
 
 def test_long_traces_need_linear_memory():
   length = 2**15
   shape = functools.partial(jax.ShapeDtypeStruct, (length,))
-  fun = bound("hybrid", k_max=64)  # Its parts are those of all others.
+  fun = bound("hybrid", k_max=64, exit_table=EXIT_TABLE)  # Its parts are those of all others.
   tables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), TABLES)
-  args = shape(np.int32), shape(np.float32), shape(np.float32), shape(bool), tables
+  args = shape(np.int32), shape(bool), shape(np.float32), shape(np.float32), tables
   compiled = jax.jit(fun).lower(*args).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 200 * length  # [T, T] would be 32768 T.
 
 
+# ------------------------------------------------------------ the exit
+
+
+RESPONSE = ["x", "\n", " So", ".", "\n", "</", "think>\n", "x", "\n", "3", "\n", EOS]
+
+
+def cut_with_exit(pieces, method, after_exit, limits=LIMITS[2], entropy=None):
+  """As `cut`, and then the first token of the exit and the states after it."""
+  result = jitted(*limits, after_exit=after_exit)(*trace(pieces, entropy))[method]
+  segments = ["|".join(piece) for piece in split(result, pieces)]
+  return segments, int(result.num_merged), int(result.thought_end), np.flatnonzero(result.after_exit).tolist()
+
+
+def test_the_exit_opens_the_last_segment_golden():
+  rest = "</|think>\n|x|\n|3|\n|<eos>"
+  assert cut_with_exit(RESPONSE, "newline", "one") == (["x|\n", " So|.|\n", rest], 0, 5, [])
+  # Where the method would not cut, the exit opens a segment all the same.
+  assert cut_with_exit(RESPONSE, "keyword", "one") == (["x|\n", " So|.|\n", rest], 0, 5, [])
+  assert cut_with_exit(RESPONSE[2:], "keyword", "one") == ([" So|.|\n", rest], 0, 3, [])
+  # Its segment counts: with a target of 3, two are left for the thought.
+  longer = ["x", "\n", *RESPONSE]
+  assert cut_with_exit(longer, "newline", "one", THREE) == (["x|\n|x|\n", " So|.|\n", rest], 1, 7, [])
+  assert cut_with_exit(longer, "uniform", "one", THREE) == (["x|\n|x|\n", " So|.|\n", rest], 0, 7, [])
+  # Entropies beyond the exit are nothing to the thought: of the thought's the highest is at 3.
+  entropy = [0, 1, 2, 9, 1, 8, 8, 8, 8, 8, 8, 8, 8, 8]
+  assert cut_with_exit(longer, "entropy", "one", THREE, entropy) == (["x|\n|x", "\n| So|.|\n", rest], 0, 7, [])
+
+
+def test_the_exit_is_cut_after_too_where_that_is_asked_for():
+  parts = ["x|\n", " So|.|\n", "</|think>\n", "x|\n", "3|\n|<eos>"]
+  # State 2 is the whole thought: the exit is yet to be written there.
+  assert cut_with_exit(RESPONSE, "newline", "cut") == (parts, 0, 5, [3, 4])
+  # Of four other segments two are left: the exit keeps its own.
+  assert cut_with_exit(RESPONSE, "newline", "cut", THREE) == (
+    ["x|\n| So|.|\n", "</|think>\n", "x|\n|3|\n|<eos>"],
+    2,
+    5,
+    [2],
+  )
+
+
+@pytest.mark.parametrize("after_exit", segmentation.AFTER_EXIT)
+def test_traces_without_an_exit_or_with_one_first(after_exit):
+  for pieces in (["x", "\n", "x", "\n", "3", EOS], ["x", "\n", "x", "</"], []):
+    results = jitted(*THREE, after_exit=after_exit)(*trace(pieces))
+    for method, plain in jitted(*THREE)(*trace(pieces)).items():
+      assert results[method].thought_end == len(pieces) and not np.any(results[method].after_exit)
+      jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(results[method], thought_end=None), plain)
+  pieces = ["</think>", "x", "\n", "3", "\n", "3", EOS]
+  segments = {"one": ["|".join(pieces)], "cut": ["</think>|x|\n", "3|\n", "3|<eos>"]}[after_exit]
+  states = {"one": [], "cut": [1, 2]}[after_exit]
+  assert cut_with_exit(pieces, "newline", after_exit) == (segments, 0, 0, states)
+
+
+def test_one_place_or_the_method_whole_is_one_segment_exit_and_all():
+  for method, limits in (("whole", ALL), ("newline", ONE)):
+    segments, _, thought_end, after = cut_with_exit(RESPONSE, method, "one", limits)
+    assert (segments, thought_end, after) == (["|".join(RESPONSE)], 5, [])
+
+
+def test_no_table_is_no_exit():
+  assert jitted(*ALL)(*trace(RESPONSE))["newline"].thought_end is None
+  assert not np.any(jitted(*ALL)(*trace(RESPONSE))["newline"].after_exit)
+
+
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(traces(), st.sampled_from(segmentation.AFTER_EXIT), st.integers(0, T - 1))
+def test_with_an_exit_equals_oracle(random_trace, after_exit, place):
+  pieces, log_probs, entropy = random_trace
+  if place < len(pieces) and pieces[place] != EOS:  # Random texts have an exit too seldom.
+    pieces[place] = "</think>"
+  for k_max, target in LIMITS:
+    results = jax.device_get(jitted(k_max, target, after_exit=after_exit)(*arguments(*random_trace)))
+    for method, result in results.items():
+      kept, merged = oracle(method, pieces, log_probs, entropy, target or k_max, after_exit)
+      assert result.ends.tolist() == (kept + [len(pieces)] * k_max)[:k_max], method
+      assert result.num_segments == (len(kept) + 1 if pieces else 0), method
+      assert result.num_merged == merged, method
+      assert result.thought_end == exit_place(pieces), method
+      starts = [0, *kept][:k_max] if pieces else []
+      assert np.flatnonzero(result.after_exit).tolist() == [k for k, t in enumerate(starts) if t > exit_place(pieces)]
+
+
+def test_the_exit_of_a_row_is_nothing_to_its_neighbours():
+  batch = random_batch(3, lengths=[24, 24, 9])
+  batch[0][0, 7] = batch[0][2, 3] = IDS["</think>"]
+  every = functools.partial(every_method, k_max=12, target=4, after_exit="one")
+  result = jax.jit(jax.vmap(every, in_axes=(0, 0, 0, 0, None)))(*batch, TABLES)
+  assert result["newline"].thought_end.tolist()[0] <= 7 and result["newline"].thought_end.tolist()[2] <= 3
+  for row in range(3):
+    eager = every(*(x[row] for x in batch), TABLES)
+    jax.tree.map(np.testing.assert_array_equal, row_of(result, row), eager)
+
+
+# ------------------------------------------------- methods of one's own
+
+
+def odd_tokens(trace):
+  """A method as users write one: before every token of odd id, those of high id kept."""
+  return trace.tokens % 2 == 1, trace.tokens.astype(np.float32)
+
+
+def test_a_method_of_ones_own_is_a_callable_or_a_path():
+  args = trace(["x", "3", "So", "3", ".", EOS])  # 8 9 10 9 5 0: the places of 9 and 5.
+  for method in (odd_tokens, f"{__name__}:odd_tokens"):
+    assert split(bound(method, 4)(*args), range(6)) == [[0], [1, 2], [3], [4, 5]]
+    result = bound(method, 3)(*args)
+    assert split(result, range(6)) == [[0], [1, 2], [3, 4, 5]] and int(result.num_merged) == 1
+
+
+def test_what_a_method_may_read():
+  def spy(trace):
+    seen.append(trace)
+    return trace.can_open, None
+
+  seen = []
+  args = trace(["x", "\n", "</think>", "x", EOS])
+  bound(spy, 8, target=3, stride=5, threshold=0.5, exit_table=EXIT_TABLE)(*args)
+  assert np.flatnonzero(seen[0].can_open).tolist() == [1]  # Not the first token, nor from the exit on.
+  assert int(seen[0].target) == 2 and (seen[0].stride, seen[0].threshold) == (5, 0.5)
+  assert seen[0].look_up("newlines")[:3].tolist() == [0, 1, 0]
+  np.testing.assert_array_equal(seen[0].read("entropy"), args[3])
+
+
+@pytest.mark.parametrize(
+  ("returned", "message"),
+  [
+    (lambda t: t.can_open, "method='method' returned a .* must return \\(cuts, priority\\)"),
+    (lambda t: (t.tokens, None), "cuts of method='method' is int32 and must be boolean"),
+    (lambda t: (t.can_open[1:], None), r"cuts of method='method' has shape \(23,\)"),
+    (lambda t: (t.can_open, t.tokens), "priority of method='method' is int32 and must be floating"),
+    (lambda t: (t.can_open, t.entropy[1:]), r"priority of method='method' has shape \(23,\)"),
+  ],
+)
+def test_a_method_that_returns_something_else_is_refused(returned, message):
+  def method(trace):
+    return returned(trace)
+
+  with pytest.raises(ValueError, match=message):
+    bound(method, 4)(*trace(["x"]))
+
+
 # ------------------------------------------------------------------ errors
+
+
+def test_what_a_method_does_not_read_is_not_asked_for():
+  tokens, mask, log_probs, entropy, tables = trace(["x", "\n", " So", "3", EOS], probs=[0.1] * 5)
+  given = {
+    "whole": {}, "stride": {}, "uniform": {}, "newline": {"tables": tables}, "paragraph": {"tables": tables},
+    "sentence": {"tables": tables}, "keyword": {"tables": tables}, "entropy": {"entropy": entropy},
+    "probability": {"log_probs": log_probs}, "hybrid": {"tables": tables, "entropy": entropy},
+  }  # fmt: skip
+  every = jitted(*ALL)(tokens, mask, log_probs, entropy, tables)
+  for method, needed in given.items():
+    run = functools.partial(segmentation.segment, tokens, mask, method=method, k_max=16, stride=STRIDE, eos_ids=0)
+    jax.tree.map(np.testing.assert_array_equal, run(**{"tables": None} | needed), every[method])
+    for name in needed:
+      with pytest.raises(ValueError, match=f"method='{method}' reads {name}, which is None: pass"):
+        run(**{"tables": None} | needed | {name: None})
+  assert set(given) == set(segmentation.METHODS)
+
+
+def test_several_ids_may_end_a_trace():
+  args = trace(["x", "3", "x", "So", EOS])
+  both = bound("stride", 8, stride=1, eos_ids=(IDS[EOS], IDS["So"]))(*args)
+  assert split(both, range(5)) == [[0], [1], [2, 3, 4]]
+  jax.tree.map(
+    np.testing.assert_array_equal, both, bound("stride", 8, stride=1, eos_ids=[IDS["So"], np.int32(0)])(*args)
+  )
+  # One that ends no trace here changes nothing.
+  other = bound("stride", 8, stride=1, eos_ids=(IDS[EOS], 10**6))(*args)
+  assert split(other, range(5)) == [[0], [1], [2], [3, 4]]
+
+
+def test_a_hole_in_the_mask_is_named_and_under_tracing_ends_the_trace():
+  pieces = ["x", "\n", "x", "\n", "x", "\n", "x"]
+  args = list(trace(pieces, probs=[0.1] * 7))
+  args[1][3] = False
+  with pytest.raises(ValueError, match=r"mask\[3\] is False and mask\[4\] is True.*prefix_mask"):
+    bound("newline", 4)(*args)
+  prefix = [x.copy() if isinstance(x, np.ndarray) else x for x in args]
+  prefix[1][3:] = False
+  for method, result in jitted(*ALL)(*args).items():
+    jax.tree.map(np.testing.assert_array_equal, result, jitted(*ALL)(*prefix)[method])
+    assert int(result.ends[-1]) == 3 and result.segment_ids[3:].tolist() == [-1] * (T - 3)
 
 
 @pytest.mark.parametrize(
   ("options", "message"),
   [
     ({"method": "newlines"}, "method='newlines' is unknown; did you mean 'newline'"),
+    ({"method": 3}, "method=3 is a int"),
     ({"k_max": 0}, "k_max=0 .* k_max >= 1"),
     ({"target": 0}, r"target=0 is outside \[1, k_max=4\]"),
     ({"target": 5}, r"target=5 is outside \[1, k_max=4\]"),
@@ -485,35 +693,53 @@ def test_long_traces_need_linear_memory():
     ({"threshold": 0.0}, r"threshold=0.0 is outside \(0, 1\)"),
     ({"threshold": 1.0}, r"threshold=1.0 is outside \(0, 1\)"),
     ({"threshold": float("nan")}, "threshold=nan"),
+    ({"after_exit": "none"}, "after_exit='none' is unknown; did you mean 'one'"),
+    ({"eos_ids": "7"}, "eos_ids='7' must be a token id or a tuple of token ids"),
+    ({"eos_ids": 2.0}, "eos_ids=2.0 must be a token id"),
   ],
 )
 def test_bad_options_are_named(options, message):
   with pytest.raises(ValueError, match=message):
-    segmentation.segment(*trace(["x"]), **{"method": "stride", "k_max": 4, "eos_id": 0, **options})
+    bound(**{"method": "stride", "k_max": 4, **options})(*trace(["x"]))
 
 
 def test_int32_overflow_is_an_error():
   shape = functools.partial(jax.ShapeDtypeStruct, (2**17,))
-  args = shape(np.int32), shape(np.float32), shape(np.float32), shape(bool), TABLES
-  run = functools.partial(segmentation.segment, method="stride", eos_id=0)
-  jax.eval_shape(functools.partial(run, k_max=2**13), *args)
+  run = functools.partial(segmentation.segment, tables=TABLES, method="stride")
+  jax.eval_shape(functools.partial(run, k_max=2**13), shape(np.int32), shape(bool))
   with pytest.raises(ValueError, match="overflows int32"):
-    jax.eval_shape(functools.partial(run, k_max=2**14), *args)
+    jax.eval_shape(functools.partial(run, k_max=2**14), shape(np.int32), shape(bool))
 
 
 @pytest.mark.parametrize("place", range(4))
-@pytest.mark.parametrize("spoil", [lambda x: x[None], lambda x: x[:-1], lambda x: x.astype(np.complex64)])
-def test_bad_arrays_are_refused(place, spoil):
+@pytest.mark.parametrize(
+  ("spoil", "message"),
+  [
+    (lambda x: x[None], r"has shape \(1, 24\).*vmap"),
+    (lambda x: x[:-1], r"has shape \((24|23),\)"),
+    (lambda x: x.astype(np.complex64), "is complex64 and must be"),
+    (lambda x: x.tolist(), r"is a list and must be an array \[T\]: pass jnp.asarray"),
+  ],
+)
+def test_bad_arrays_are_refused(place, spoil, message):
   args = list(trace(["x"]))
   args[place] = spoil(args[place])
-  with pytest.raises(AssertionError):
-    segmentation.segment(*args, method="newline", k_max=4, eos_id=0)
+  with pytest.raises(ValueError, match=message):
+    bound("newline", 4)(*args)
+
+
+def test_a_float_token_says_what_to_do():
+  args = list(trace(["x"]))
+  args[0] = args[0].astype(np.float32)
+  with pytest.raises(ValueError, match=r"tokens is float32 and must be integer: pass tokens.astype\(jnp.int32\)"):
+    bound("newline", 4)(*args)
 
 
 def test_bad_tables_are_refused():
   args = trace(["x"])[:4]
-  with pytest.raises(AssertionError):
-    bad = TABLES.replace(newlines=TABLES.newlines[:-1])
-    segmentation.segment(*args, bad, method="newline", k_max=4, eos_id=0)
-  with pytest.raises(AssertionError):
-    segmentation.segment(*args, TABLES.replace(keywords=TABLES.keywords[0]), method="whole", k_max=4, eos_id=0)
+  with pytest.raises(ValueError, match=r"tables.ends_sentence has shape \(20,\)"):
+    bound("newline", 4)(*args, dataclasses.replace(TABLES, newlines=TABLES.newlines[:-1]))
+  with pytest.raises(ValueError, match=r"tables.keywords has shape \(2,\) and must be \[W, L\]"):
+    bound("whole", 4)(*args, dataclasses.replace(TABLES, keywords=TABLES.keywords[0]))
+  with pytest.raises(ValueError, match="tables is a tuple: make it with vocab_tables"):
+    bound("whole", 4)(*args, ())

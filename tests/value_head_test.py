@@ -1,5 +1,6 @@
 """The critic: its regression against least squares, padding, and a run that resumes with it bit for bit."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -48,15 +49,15 @@ def test_features_are_those_that_predict_the_token_and_carry_no_gradient():
   mask = jnp.array([[True, True, True, False]])
   zeros = jnp.zeros(tokens.shape)
   rollout = types.Rollout(
-    prompt_tokens=prompts, prompt_mask=prompt_mask, tokens=tokens, mask=mask, log_probs=zeros, entropy=zeros,
-    truncated=jnp.array([False]),
+    prompt_tokens=prompts, prompt_mask=prompt_mask, tokens=tokens, mask=mask, log_probs=zeros,
+    sampler_log_probs=zeros, entropy=zeros, truncated=jnp.array([False]),
   )  # fmt: skip
   hidden = value_head.features(params, config, rollout)
   # The state before token 2 is what is known without it, whatever it and its followers are.
   whole = jnp.array([[3, 2, 4, 5]])
   alone, _ = decoder.forward(params, config, whole, jnp.ones(whole.shape, bool))
   np.testing.assert_allclose(hidden[0, 2], alone[0, -1], atol=1e-5)
-  other = value_head.features(params, config, rollout.replace(tokens=tokens.at[0, 2].set(6)))
+  other = value_head.features(params, config, dataclasses.replace(rollout, tokens=tokens.at[0, 2].set(6)))
   np.testing.assert_array_equal(hidden[:, :3], other[:, :3])
   gradient = jax.grad(lambda p: value_head.features(p, config, rollout).sum())(params)
   assert all(not leaf.any() for leaf in jax.tree.leaves(gradient))

@@ -16,33 +16,34 @@ A *cut* at token `t` means that a segment opens at `t`. The rules that all metho
   EOS belongs to the last segment. Such a place counts neither as found nor as merged.
 * A newline belongs to the segment it closes: the cut follows the last newline of a run.
 * A keyword belongs to the segment it opens, and is a keyword only as whole words.
+* States are states of the thought: where an exit is looked for, its first token opens the last segment.
 * At most `target` segments are left. Cuts given up for that are in `num_merged`.
 * Ties go to the earliest token.
+
+A method is a function of a `Trace` that proposes cuts and says which of them to keep:
+
+    def method(trace: Trace) -> tuple[cuts, priority]
+
+    cuts      [T] bool, the places where it wants a segment to open. Places outside `trace.can_open` are left out.
+    priority  [T] float, how much each cut is worth where there are too many: the highest are kept.
+              None where all are alike: segments are then merged into groups of equal count.
+
+It runs under `jit` and `vmap`. The built-in methods are the functions of this file that
+`METHODS` lists; one of the user's own is passed itself, or as "package.module:function".
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from rredcot_jax.ops import types
+from rredcot_jax.ops import anatomy, checks, names, types
 
-METHODS = (
-  "whole",
-  "stride",
-  "uniform",
-  "newline",
-  "paragraph",
-  "sentence",
-  "keyword",
-  "entropy",
-  "probability",
-  "hybrid",
-)
+AFTER_EXIT = ("one", "cut")
 
 # Phrases that open a new thought. The first seven are the paper's by way of summaries [S], the rest ours [C].
 KEYWORDS = (
@@ -62,11 +63,9 @@ KEYWORDS = (
 
 _CLOSING_MARKS = "\"'”’»)]}"
 _SENTENCE_ENDS = (".", "!", "?")
-# These propose exactly as many cuts as they were asked for, and so give none up.
-_COUNT_METHODS = ("uniform", "entropy")
 
 
-@struct.dataclass
+@types.pytree
 class VocabTables:
   """What segmentation needs to know of the text side, over a vocabulary of `V` token ids.
 
@@ -118,19 +117,128 @@ def _ends_sentence(text: str) -> bool:
   return text.rstrip(_CLOSING_MARKS).endswith(_SENTENCE_ENDS)
 
 
+@dataclasses.dataclass(frozen=True)
+class Trace:
+  """What a segmentation method may read of one trace."""
+
+  tokens: chex.Array  # [T] integer.
+  mask: chex.Array  # [T] bool, a prefix of True; what lies outside is not to be read.
+  can_open: chex.Array  # [T] bool, places where the method may open a segment.
+  target: chex.Numeric  # [] integer >= 1, segments that its cuts may leave at most; a number of cuts is one less.
+  tables: VocabTables | None  # Of the tokenizer.
+  log_probs: chex.Array | None  # [T] float, nats.
+  entropy: chex.Array | None  # [T] float, nats.
+  stride: int
+  threshold: float
+  method: str  # Its own name, for errors.
+
+  def read(self, name: str) -> chex.Array:
+    """The array `name`: "log_probs" or "entropy".
+
+    Raises:
+      ValueError: naming the method, if it was not given.
+    """
+    return self._given(name, getattr(self, name))
+
+  def look_up(self, column: str) -> chex.Array:
+    """[T], the column of `tables` of that name for each token; 0 and False outside the mask and the vocabulary.
+
+    Raises:
+      ValueError: naming the method, if no tables were given.
+    """
+    table = jnp.asarray(getattr(self._given("tables", self.tables), column))
+    read = table.at[self.tokens].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return jnp.where(self.mask, read, jnp.zeros_like(read))
+
+  def _given(self, name: str, value):
+    if value is None:
+      raise ValueError(f"method={self.method!r} reads {name}, which is None: pass segment(..., {name}=...).")
+    return value
+
+
+Method = Callable[[Trace], tuple[chex.Array, chex.Array | None]]
+
+
+# ---- Methods ---------------------------------------------------------------------------------
+
+
+def whole(trace: Trace) -> tuple[chex.Array, None]:
+  """One segment, exit and all: GRPO."""
+  return jnp.zeros_like(trace.mask), None
+
+
+def stride(trace: Trace) -> tuple[chex.Array, None]:
+  """Every `stride` tokens."""
+  return jnp.arange(trace.mask.shape[0]) % trace.stride == 0, None
+
+
+def uniform(trace: Trace) -> tuple[chex.Array, None]:
+  """`target` parts of the tokens, whose lengths differ by at most 1."""
+  return keep_evenly(trace.can_open, trace.target), None
+
+
+def newline(trace: Trace) -> tuple[chex.Array, None]:
+  """After each run of newlines."""
+  return _after_newlines(trace), None
+
+
+def paragraph(trace: Trace) -> tuple[chex.Array, None]:
+  """After each run of two or more newlines."""
+  return _after_newlines(trace, at_least=2), None
+
+
+def sentence(trace: Trace) -> tuple[chex.Array, None]:
+  """After each sentence that space follows, and after newlines."""
+  opens = trace.look_up("starts_space") & (trace.look_up("newlines") == 0)
+  return (_previous(trace.look_up("ends_sentence")) & opens) | _after_newlines(trace), None
+
+
+def keyword(trace: Trace) -> tuple[chex.Array, None]:
+  """Before each keyword."""
+  return _before_keywords(trace), None
+
+
+def entropy(trace: Trace) -> tuple[chex.Array, None]:
+  """Before the `target - 1` tokens of highest entropy."""
+  return keep_highest(trace.can_open, trace.read("entropy"), trace.target), None
+
+
+def probability(trace: Trace) -> tuple[chex.Array, chex.Array]:
+  """Before tokens less likely than `threshold`; the least likely are kept (SPO, arXiv 2505.23564)."""
+  log_probs = trace.read("log_probs")
+  return log_probs < math.log(trace.threshold), -log_probs
+
+
+def hybrid(trace: Trace) -> tuple[chex.Array, chex.Array]:
+  """After newlines and before keywords; where the entropy is highest they are kept."""
+  return _after_newlines(trace) | _before_keywords(trace), trace.read("entropy")
+
+
+_METHODS: Mapping[str, Method] = {
+  method.__name__: method
+  for method in (whole, stride, uniform, newline, paragraph, sentence, keyword, entropy, probability, hybrid)
+}
+METHODS = tuple(_METHODS)
+
+
+# ---- Cutting ---------------------------------------------------------------------------------
+
+
 def segment(
   tokens: chex.Array,
-  log_probs: chex.Array,
-  entropy: chex.Array,
   mask: chex.Array,
-  tables: VocabTables,
+  tables: VocabTables | None,
   *,
-  method: str,
+  method: str | Method,
   k_max: int,
+  eos_ids: int | Sequence[int] = (),
+  log_probs: chex.Array | None = None,
+  entropy: chex.Array | None = None,
   target: int | None = None,
   stride: int = 64,
   threshold: float = 0.9,
-  eos_id: int,
+  exit_table: anatomy.ExitTable | None = None,
+  after_exit: str = "one",
 ) -> types.Segments:
   """Cuts one trace into at most `target` consecutive segments.
 
@@ -157,47 +265,99 @@ def segment(
   is cut from newlines that follow it: the cut waits for their end. A keyword must not
   touch a letter outside it on either side: `" So"` opens nothing in `" So", "me"`.
 
+  With an `exit_table` the method cuts the thought, in at most `target - 1` segments, and the
+  first token of the exit opens one more, whatever the method. That one holds all the rest
+  (`after_exit="one"`), or the method's cuts go on in it ("cut", one `target` for all). A
+  trace without an exit is cut as if there were no table, and so is every trace where
+  `target` is 1 or the method is `whole`; `thought_end` and `Segments.after_exit` tell all the same.
+
   Args:
     tokens: [T] integer, the trace, its EOS included.
-    log_probs: [T] float (nats), of each token under the distribution it was sampled from.
-    entropy: [T] float >= 0 (nats), of the distribution that token t was sampled from. NaN ranks lowest.
-    mask: [T] bool, True on real tokens: a prefix of True. What lies outside is not read.
-    tables: text tables of the tokenizer that wrote `tokens`; not batched.
-    method: one of METHODS. Static, as are all that follow.
+    mask: [T] bool, True on real tokens: a prefix of True. What lies outside is not read. A
+      mask with a hole, which a sampled padding id can make, raises where its values are
+      known; under `jit` and `vmap` the trace ends at the hole. See `anatomy.prefix_mask`.
+    tables: text tables of the tokenizer that wrote `tokens`; not batched. None for methods
+      that read none: whole, stride, uniform, entropy, probability.
+    method: one of METHODS, "package.module:function", or a function; see this module's
+      docstring. Static, as are all that follow but arrays.
     k_max: K >= 1, places for segments in the result.
+    eos_ids: the id or ids of end-of-sequence tokens; () turns the EOS rule off.
+    log_probs: [T] float (nats), of each token under the policy; read by `probability`.
+    entropy: [T] float >= 0 (nats), of the policy's distribution over token t; read by
+      `entropy` and `hybrid`. NaN ranks lowest.
     target: in [1, k_max], the most segments wanted; `k_max` when None.
     stride: >= 1, tokens a segment (`stride`).
     threshold: in (0, 1), a probability (`probability`).
-    eos_id: id of the end-of-sequence token; an id that never occurs turns the EOS rule off.
+    exit_table: recognises where the thought is left (`anatomy.exit_table`); not batched.
+      None looks for no exit.
+    after_exit: one of AFTER_EXIT.
 
   Returns:
     types.Segments with K = k_max. `num_segments` is 0 for an empty trace, else in
     [1, target]; `num_merged` is 0 for `whole`, `uniform` and `entropy`.
 
   Raises:
-    ValueError: for an unknown method, or a number outside its range.
-    AssertionError: for wrong ranks, dtypes or shapes.
+    ValueError: for an unknown method, one that reads what is missing or returns something
+      else than cuts, a number outside its range, wrong shapes and types, or a mask with a hole.
   """
-  chex.assert_rank([tokens, log_probs, entropy, mask], 1)
-  chex.assert_type([tokens, log_probs, entropy, mask], [int, float, float, bool])
-  chex.assert_equal_shape([tokens, log_probs, entropy, mask])
-  _check_tables(tables)
-  limit = _check_options(method, k_max, target, stride, threshold, num_tokens=tokens.shape[0])
-
+  _check_arrays(tokens, mask, tables, log_probs, entropy)
+  rule = names.resolve("method", method, _METHODS)
+  most = _check_options(k_max, target, stride, threshold, after_exit, num_tokens=tokens.shape[0])
+  most = 1 if rule is whole else most
+  mask = anatomy.true_prefix(mask)
   t = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-  before_eos = jnp.max(jnp.where(mask & (tokens != eos_id), t + 1, 0), initial=0)
+  is_eos = anatomy.is_any_of(tokens, anatomy.id_tuple("eos_ids", eos_ids))
+  before_eos = jnp.max(jnp.where(mask & ~is_eos, t + 1, 0), initial=0)
   can_open = (t > 0) & (t < before_eos)
 
-  cuts, priority = _propose(tokens, log_probs, entropy, mask, tables, method, stride, threshold)
+  limit: chex.Numeric = most
+  exit_cut, thought_end = jnp.zeros_like(mask), None
+  if exit_table is not None:
+    thought_end, _ = anatomy.find_exit(tokens, mask, exit_table)
+    if most > 1:
+      exit_cut = can_open & (t == thought_end)
+    can_open &= t < thought_end if after_exit == "one" else ~exit_cut
+    limit = most - jnp.any(exit_cut).astype(jnp.int32)
+
+  trace = Trace(
+    tokens, mask, can_open, limit, tables, log_probs, entropy, stride, threshold, method=names.label(method)
+  )
+  cuts, priority = _checked(rule(trace), trace)
   cuts = cuts & can_open
-  kept = _keep_evenly(cuts, limit) if priority is None else _keep_highest(cuts, priority, limit)
-  num_merged = 0 if method in _COUNT_METHODS else jnp.sum(cuts & ~kept)
-  return _build(kept, mask, k_max, num_merged)
+  kept = keep_evenly(cuts, limit) if priority is None else keep_highest(cuts, priority, limit)
+  return _build(kept | exit_cut, mask, k_max, jnp.sum(cuts & ~kept), thought_end)
 
 
-def _check_options(method: str, k_max: int, target: int | None, stride: int, threshold: float, num_tokens: int) -> int:
+def _check_arrays(
+  tokens: chex.Array,
+  mask: chex.Array,
+  tables: VocabTables | None,
+  log_probs: chex.Array | None,
+  entropy: chex.Array | None,
+) -> None:
+  """Raises ValueError on wrong shapes and types."""
+  checks.check_array("tokens", tokens, "T", int)
+  for name, x, kind in (("mask", mask, bool), ("log_probs", log_probs, float), ("entropy", entropy, float)):
+    if x is None and name != "mask":
+      continue
+    checks.check_array(name, x, "T", kind)
+    checks.check_shape(name, x, tokens.shape, "tokens")
+  if tables is None:
+    return
+  if not isinstance(tables, VocabTables):
+    raise ValueError(f"tables is a {type(tables).__name__}: make it with vocab_tables, or pass None.")
+  checks.check_array("tables.keywords", tables.keywords, "W L", int)
+  checks.check_array("tables.newlines", tables.newlines, "V", int)
+  for name in ("ends_sentence", "starts_space", "starts_letter", "ends_letter"):
+    checks.check_array(f"tables.{name}", getattr(tables, name), "V", bool)
+    checks.check_shape(f"tables.{name}", getattr(tables, name), tables.newlines.shape, "tables.newlines")
+
+
+def _check_options(
+  k_max: int, target: int | None, stride: int, threshold: float, after_exit: str, num_tokens: int
+) -> int:
   """Raises ValueError on a bad option; returns the most segments to leave."""
-  types.check_option("method", method, METHODS)
+  names.check_option("after_exit", after_exit, AFTER_EXIT)
   if k_max < 1:
     raise ValueError(f"k_max={k_max} leaves no place for a segment; use k_max >= 1.")
   if target is not None and not 1 <= target <= k_max:
@@ -212,77 +372,32 @@ def _check_options(method: str, k_max: int, target: int | None, stride: int, thr
   return limit
 
 
-def _check_tables(tables: VocabTables) -> None:
-  by_token = [
-    tables.newlines,
-    tables.ends_sentence,
-    tables.starts_space,
-    tables.starts_letter,
-    tables.ends_letter,
-  ]
-  chex.assert_rank([*by_token, tables.keywords], [1] * len(by_token) + [2])
-  chex.assert_type([*by_token, tables.keywords], [int, bool, bool, bool, bool, int])
-  chex.assert_equal_shape(by_token)
+def _checked(proposed: object, trace: Trace) -> tuple[chex.Array, chex.Array | None]:
+  """What a method returned; ValueError naming the method unless it is cuts and a priority."""
+  if not isinstance(proposed, tuple) or len(proposed) != 2:
+    raise ValueError(f"method={trace.method!r} returned a {type(proposed).__name__} and must return (cuts, priority).")
+  cuts, priority = proposed
+  checks.check_array(f"cuts of method={trace.method!r}", cuts, "T", bool)
+  checks.check_shape(f"cuts of method={trace.method!r}", cuts, trace.tokens.shape, "tokens")
+  if priority is not None:
+    checks.check_array(f"priority of method={trace.method!r}", priority, "T", float)
+    checks.check_shape(f"priority of method={trace.method!r}", priority, trace.tokens.shape, "tokens")
+  return cuts, priority
 
 
-def _propose(
-  tokens: chex.Array,
-  log_probs: chex.Array,
-  entropy: chex.Array,
-  mask: chex.Array,
-  tables: VocabTables,
-  method: str,
-  stride: int,
-  threshold: float,
-) -> tuple[chex.Array, chex.Array | None]:
-  """[T] bool cuts and their [T] float priority, None where all cuts are alike.
+def _after_newlines(trace: Trace, at_least: int = 1) -> chex.Array:
+  return _newline_cuts(trace.look_up("newlines"), trace.look_up("starts_space"), at_least)
 
-  Places where no segment may open are the caller's to remove.
-  """
 
-  def look_up(table: chex.Array) -> chex.Array:
-    read = jnp.asarray(table).at[tokens].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return jnp.where(mask, read, jnp.zeros_like(read))
-
-  def newline_cuts(at_least: int = 1) -> chex.Array:
-    return _newline_cuts(look_up(tables.newlines), look_up(tables.starts_space), at_least)
-
-  def keyword_cuts() -> chex.Array:
-    joined = _previous(look_up(tables.ends_letter)) & look_up(tables.starts_letter)
-    return _keyword_cuts(jnp.where(mask, tokens, -1), joined, jnp.asarray(tables.keywords))
-
-  if method == "whole":
-    return jnp.zeros_like(mask), None
-  if method == "stride":
-    return jnp.arange(mask.shape[0]) % stride == 0, None
-  if method == "uniform":  # One token a segment, merged evenly.
-    return jnp.ones_like(mask), None
-  if method == "newline":
-    return newline_cuts(), None
-  if method == "paragraph":
-    return newline_cuts(at_least=2), None
-  if method == "sentence":
-    opens = look_up(tables.starts_space) & (look_up(tables.newlines) == 0)
-    return (_previous(look_up(tables.ends_sentence)) & opens) | newline_cuts(), None
-  if method == "keyword":
-    return keyword_cuts(), None
-  if method == "entropy":
-    return jnp.ones_like(mask), entropy
-  if method == "probability":
-    return log_probs < math.log(threshold), -log_probs
-  if method == "hybrid":
-    return newline_cuts() | keyword_cuts(), entropy
-  raise AssertionError(f"{method} is in METHODS and has no rule.")
+def _before_keywords(trace: Trace) -> chex.Array:
+  joined = _previous(trace.look_up("ends_letter")) & trace.look_up("starts_letter")
+  assert trace.tables is not None  # `look_up` has checked it.
+  return _keyword_cuts(jnp.where(trace.mask, trace.tokens, -1), joined, jnp.asarray(trace.tables.keywords))
 
 
 def _previous(x: chex.Array) -> chex.Array:
   """[T], element t - 1 at t; 0 or False at 0."""
   return jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
-
-
-def _following(x: chex.Array, n: int, fill: int) -> chex.Array:
-  """[T], element t + n at t; `fill` past the end."""
-  return jnp.concatenate([x[n:], jnp.full_like(x[:n], fill)])
 
 
 def _newline_cuts(newlines: chex.Array, starts_space: chex.Array, at_least: int) -> chex.Array:
@@ -308,13 +423,13 @@ def _keyword_cuts(ids: chex.Array, joined: chex.Array, keywords: chex.Array) -> 
   lengths = jnp.sum(keywords >= 0, axis=1)[:, None]  # [W, 1]
   matches = (lengths > 0) & ~joined[None, :]  # [W, T]
   for n in range(keywords.shape[1]):
-    same = _following(ids, n, fill=-1)[None, :] == keywords[:, n, None]
-    stops_inside_word = (lengths == n + 1) & _following(joined, n + 1, fill=0)[None, :]
+    same = anatomy.following(ids, n, fill=-1)[None, :] == keywords[:, n, None]
+    stops_inside_word = (lengths == n + 1) & anatomy.following(joined, n + 1)[None, :]
     matches &= ((lengths <= n) | same) & ~stops_inside_word
   return jnp.any(matches, axis=0)
 
 
-def _keep_evenly(cuts: chex.Array, limit: int) -> chex.Array:
+def keep_evenly(cuts: chex.Array, limit: chex.Numeric) -> chex.Array:
   """[T] bool, the cuts left when the segments are merged into `limit` groups of equal count, within 1."""
   index = jnp.cumsum(cuts, dtype=jnp.int32)  # Of the segment that t is in.
   found = jnp.sum(cuts) + 1
@@ -323,16 +438,17 @@ def _keep_evenly(cuts: chex.Array, limit: int) -> chex.Array:
   return cuts & (group != _previous(group))
 
 
-def _keep_highest(cuts: chex.Array, priority: chex.Array, limit: int) -> chex.Array:
+def keep_highest(cuts: chex.Array, priority: chex.Array, limit: chex.Numeric) -> chex.Array:
   """[T] bool, the `limit - 1` cuts of highest priority, the earliest among equals."""
   t = jnp.arange(cuts.shape[0], dtype=jnp.int32)
   # Two keys and a stable sort: a cut of priority -inf or NaN still comes before what is no cut.
   _, _, order = jax.lax.sort((~cuts, -priority.astype(jnp.float32), t), num_keys=2, is_stable=True)
-  chosen = jnp.zeros_like(cuts).at[order[: limit - 1]].set(True)
-  return cuts & chosen
+  return cuts & jnp.zeros_like(cuts).at[order].set(t < limit - 1)
 
 
-def _build(kept: chex.Array, mask: chex.Array, k_max: int, num_merged: chex.Array | int) -> types.Segments:
+def _build(
+  kept: chex.Array, mask: chex.Array, k_max: int, num_merged: chex.Array, thought_end: chex.Array | None
+) -> types.Segments:
   index = jnp.cumsum(kept, dtype=jnp.int32)
   length = jnp.sum(mask)
   # The first token of segment k + 1; T, so the length, where there is none.
@@ -341,5 +457,6 @@ def _build(kept: chex.Array, mask: chex.Array, k_max: int, num_merged: chex.Arra
     ends=jnp.minimum(next_starts, length).astype(jnp.int32),
     segment_ids=jnp.where(mask, index, -1),
     num_segments=jnp.where(length > 0, jnp.sum(kept) + 1, 0).astype(jnp.int32),
-    num_merged=jnp.asarray(num_merged, jnp.int32),
+    num_merged=num_merged.astype(jnp.int32),
+    thought_end=thought_end,
   )

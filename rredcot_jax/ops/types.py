@@ -11,16 +11,29 @@ terminal state, number `num_segments`, is the whole trace. In the notation of
 docs/method.md, `ends[k]` is e_{k+1} and state `k` is s_k.
 """
 
-import difflib
-from collections.abc import Sequence
+import dataclasses
+from typing import TypeVar, dataclass_transform
 
 import chex
 import jax
 import jax.numpy as jnp
-from flax import struct
+
+from rredcot_jax.ops.names import check_option as check_option
+
+_Class = TypeVar("_Class")
 
 
-@struct.dataclass
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def pytree(cls: type[_Class]) -> type[_Class]:
+  """A frozen dataclass that jax transforms and `jax.tree.map` see through.
+
+  Change a field with `dataclasses.replace`. A field with the metadata `{"static": True}` is
+  compared and hashed when a jitted function looks for its program, and is no array.
+  """
+  return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@pytree
 class Rollout:
   """Sampled traces, right-padded, after left-padded prompts.
 
@@ -31,19 +44,26 @@ class Rollout:
   prompt_mask: chex.Array  # [P] bool, True on real tokens.
   tokens: chex.Array  # [T] int32, the trace, its end-of-sequence token included.
   mask: chex.Array  # [T] bool, True on real tokens (a prefix of True).
-  log_probs: chex.Array  # [T] float32, under the distribution sampled from (nats).
+  log_probs: chex.Array  # [T] float32, of the policy at the sampling temperature (nats), as the trainer computes them.
+  sampler_log_probs: chex.Array  # [T] float32, of what was sampled from: the policy cut by top-k and top-p (nats).
   entropy: chex.Array  # [T] float32, of the model's next-token distribution (nats).
   truncated: chex.Array  # [] bool, True where the trace ran out of room.
 
 
-@struct.dataclass
+@pytree
 class Segments:
-  """A cut of one trace into `num_segments <= K` consecutive segments."""
+  """A cut of one trace into `num_segments <= K` consecutive segments.
+
+  Where `thought_end` is known, the exit's first token opens a segment (unless only one was
+  wanted), so that a state lies either in the thought or after it, and no segment holds both.
+  """
 
   ends: chex.Array  # [K] int32, exclusive; the trace's length from num_segments - 1 on.
   segment_ids: chex.Array  # [T] int32 in [0, num_segments), -1 on padding.
   num_segments: chex.Array  # [] int32; 0 only for an empty trace.
   num_merged: chex.Array  # [] int32, cuts found but given up to fit (never silent).
+  # [] int32, the first token of the exit, the trace's length without one; None where no exit was looked for.
+  thought_end: chex.Array | None = None
 
   @property
   def starts(self) -> chex.Array:
@@ -62,8 +82,19 @@ class Segments:
     """[..., K] int32, tokens in each segment, 0 where there is none."""
     return self.ends - self.starts
 
+  @property
+  def after_exit(self) -> chex.Array:
+    """[..., K] bool, states at which the trace has begun to leave its thought: `starts[k] > thought_end`.
 
-@struct.dataclass
+    A completion that leaves the thought makes no sense there. False where `thought_end` is None.
+    The state of the whole thought, at which the exit is yet to be written, is not one of them.
+    """
+    if self.thought_end is None:
+      return jnp.zeros_like(self.mask)
+    return self.mask & (self.starts > jnp.asarray(self.thought_end)[..., None])
+
+
+@pytree
 class Completions:
   """A bank: for each state `k`, `N` ways in which the trace might go on and end."""
 
@@ -75,7 +106,7 @@ class Completions:
   valid: chex.Array  # [K, N] bool, False on empty places.
 
 
-@struct.dataclass
+@pytree
 class Credit:
   """What one trace's reward was turned into."""
 
@@ -85,7 +116,7 @@ class Credit:
   effective_sample_size: chex.Array  # [K] float32, of the weights behind each value.
 
 
-@struct.dataclass
+@pytree
 class TrainBatch:
   """What a policy update needs of a trace, and nothing else."""
 
@@ -97,10 +128,4 @@ class TrainBatch:
   old_log_probs: chex.Array  # [T] float32, of the policy that sampled (nats).
   reference_log_probs: chex.Array  # [T] float32, of the KL reference (nats).
   advantages: chex.Array  # [T] float32.
-
-
-def check_option(name: str, value: str, options: Sequence[str]) -> None:
-  """Raises ValueError naming `value` and the nearest of `options` unless it is one."""
-  if value not in options:
-    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.0)
-    raise ValueError(f"{name}={value!r} is unknown; did you mean {near[0]!r}? Options: {', '.join(options)}.")
+  sampler_log_probs: chex.Array | None = None  # [T] float32, of what was sampled from (nats); for losses' importance.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from rredcot_jax.data.encoding import Codec
 from rredcot_jax.model import decoder, sampling, scoring
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.ops import losses, segmentation, types
@@ -35,7 +36,7 @@ class RolloutSteps(NamedTuple):
 
   params: Callable[..., decoder.Params]  # (params) -> as sampling and scoring want them: layout and type.
   sample: Callable[..., tuple[types.Rollout, decoder.Cache]]  # (params, prompts, mask, key); see `sampling.sample`.
-  segment: Callable[..., types.Segments]  # (rollout, tables)
+  segment: Callable[..., types.Segments]  # (rollout)
 
 
 class UpdateSteps(NamedTuple):
@@ -182,8 +183,8 @@ def compile_rollouts(
   config: ModelConfig,
   mesh: jax.sharding.Mesh,
   rollout_mesh: jax.sharding.Mesh,
+  codec: Codec,
   *,
-  eos_id: int,
   segmentation_options: Mapping[str, Any],
   sampling_options: Mapping[str, Any],
 ) -> RolloutSteps:
@@ -193,16 +194,22 @@ def compile_rollouts(
     config: the model.
     mesh: that parameters lie on.
     rollout_mesh: the layout in which rollouts are sampled, cut and scored.
-    eos_id: ends a trace.
+    codec: what ends a trace, what leaves its thought, and what its tokens say.
     segmentation_options: of `segmentation.segment`.
-    sampling_options: of `sampling.sample`.
+    sampling_options: of `sampling.sample`, without the ids.
   """
-  one: Callable[..., types.Segments] = functools.partial(segmentation.segment, eos_id=eos_id, **segmentation_options)
-  cut = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
+  one: Callable[..., types.Segments] = functools.partial(
+    segmentation.segment, eos_ids=codec.end_ids, **segmentation_options
+  )
+  cut = lambda rollout, tables, exit_table: jax.vmap(
+    lambda r: one(r.tokens, r.mask, tables, log_probs=r.log_probs, entropy=r.entropy, exit_table=exit_table)
+  )(rollout)
+  ids = {"eos_id": codec.end_ids, "pad_id": codec.pad_id}
+  jitted = sharding.on(rollout_mesh, jax.jit(cut))
   return RolloutSteps(
     params=for_rollouts(config, mesh, rollout_mesh),
-    sample=sharding.on(rollout_mesh, functools.partial(_sample, config, dict(sampling_options))),
-    segment=sharding.on(rollout_mesh, jax.jit(lambda r, tables: cut(r.tokens, r.log_probs, r.entropy, r.mask, tables))),
+    sample=sharding.on(rollout_mesh, functools.partial(_sample, config, {**sampling_options, **ids})),
+    segment=lambda rollout: jitted(rollout, codec.tables, codec.exit_table),
   )
 
 
