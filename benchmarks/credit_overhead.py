@@ -19,6 +19,7 @@ The last line is {"overhead": {bank: ratio}, "token_forwards": {bank: ratio}, "t
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import time
@@ -59,11 +60,10 @@ class Step:
     self.config, self.experiment = config, Experiment(config)
     experiment = self.experiment
     # Traces that fill their room: no token ends them.
-    self.eos_id = -1 if endless else experiment.codec.eos_id
+    codec = dataclasses.replace(experiment.codec, end_ids=(-1,)) if endless else experiment.codec
     self.rollouts = train_step.compile_rollouts(
-      experiment.model, experiment.mesh, experiment.rollout_mesh, eos_id=self.eos_id,
-      segmentation_options=config.segmentation.to_dict(),
-      sampling_options=experiment.generation_options | {"eos_id": self.eos_id},
+      experiment.model, experiment.mesh, experiment.rollout_mesh, codec,
+      segmentation_options=config.segmentation.to_dict(), sampling_options=experiment.sampling_options,
     )  # fmt: skip
     # The state is never donated here: each repetition starts alike.
     self.state = experiment.init_state(experiment.start_params(jax.random.key(0)))
@@ -81,7 +81,7 @@ class Step:
     host = jax.device_get(rollout)
     returns = judging.returns_of(task, codec, examples, host)
     if experiment.rule.redistributes:
-      segments = self.rollouts.segment(rollout, codec.tables)
+      segments = self.rollouts.segment(rollout)
       on_host = (host, jax.device_get(segments))
       assigned = experiment.assigner(
         Batch(state.params, cache, rollout, segments, returns, examples, key, on_host=on_host)

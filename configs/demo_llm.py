@@ -29,6 +29,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   set_model(config, "SmolLM2-135M")
   config.initial_params = "runs/demo-llm/start"
   config.task.name = "reasoning_gym/gsm_symbolic"
+  config.task.options.aligned = True  # The warm start imitates the references, line by line.
   config.task.options.size = 4096
   config.task.options.scorer = "numeric"  # The library's own accepts "-5" for 5.
   config.task.options.templates = TEMPLATES

@@ -20,6 +20,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   options = options_of(arg, {"method": ("rredcot", "grpo"), "bank": banks})
   config = default_config()
   config.task.name = "reasoning_gym/gsm_symbolic"
+  config.task.options.aligned = True  # So that every bank can be tried.
   config.task.options.size = 512
   config.task.options.seed = 0
   config.tokenizer.path = "gsm_symbolic"

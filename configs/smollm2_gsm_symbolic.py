@@ -39,6 +39,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   set_model(config, "SmolLM2-135M")
   config.initial_params = "runs/smollm2/start"
   config.task.name = "reasoning_gym/gsm_symbolic"
+  config.task.options.aligned = True  # The warm start imitates the references, line by line.
   config.task.options.size = 16384
   config.task.options.scorer = "numeric"  # The library's own accepts "-5" for 5.
   config.tokenizer.chat = False  # The template's system message would double the prompt.

@@ -241,9 +241,11 @@ def sample_traces(config: ConfigDict, engine: estimators.Estimators, examples: l
 @functools.cache
 def cutter(codec: Codec, method: str, options: tuple):
   """Cuts a batch of traces by `method`, jitted."""
-  one = functools.partial(segmentation.segment, method=method, eos_ids=codec.eos_id, **dict(options))
-  cut_one = lambda r: one(r.tokens, r.mask, codec.tables, log_probs=r.log_probs, entropy=r.entropy)
-  return jax.jit(jax.vmap(cut_one))
+  one = functools.partial(
+    segmentation.segment, tables=codec.tables, method=method, eos_ids=codec.end_ids, exit_table=codec.exit_table,
+    **dict(options),
+  )  # fmt: skip
+  return jax.jit(jax.vmap(lambda r: one(r.tokens, r.mask, log_probs=r.log_probs, entropy=r.entropy)))
 
 
 def cut(config: ConfigDict, engine: estimators.Estimators, traces, method: str) -> estimators.Traces:

@@ -60,7 +60,7 @@ def main(_: Any) -> None:
   rollouts = experiment.rollout_steps
   policy = rollouts.params(params)
   rollout, cache = rollouts.sample(policy, *prompts, key)
-  segments = rollouts.segment(rollout, codec.tables)
+  segments = rollouts.segment(rollout)
   host, host_segments = jax.device_get((rollout, segments))
   returns = judging.returns_of(task, codec, examples, host)
   assign = sharding.on(mesh, Assigner(setting, rule, source))

@@ -60,15 +60,17 @@ class Setting:
   @property
   def generation(self) -> dict[str, Any]:
     """Keyword arguments of `continuations.generate_from_states`."""
-    return dict(self.sampling) | {"eos_id": self.codec.eos_id, "pad_id": self.codec.pad_id}
+    return dict(self.sampling) | {"eos_id": self.codec.end_ids, "pad_id": self.codec.pad_id}
 
   def make_bank(self, batch: "Batch") -> banks.Bank:
     """The configured bank of this process's rows, on the host."""
+    aligned = bool(getattr(self.task, "aligned", False))
+    references = [self.codec.reference(example, aligned=aligned) for example in batch.examples]
     return banks.make_bank(
-      self.bank.name, [self.codec.reference(example) for example in batch.examples], batch.rollout_here,
-      batch.segments_here, batch.returns[batch.rows], self.codec.tables.newlines, group_size=self.group_size,
-      bank_size=self.bank.size, max_tokens=self.bank.max_tokens, force_exit=self.bank.force_exit,
-      fallback=self.bank.fallback, with_failures=self.bank.form == "self_normalised",
+      self.bank.name, references, batch.rollout_here, batch.segments_here, batch.returns[batch.rows],
+      self.codec.tables.newlines, group_size=self.group_size, bank_size=self.bank.size,
+      max_tokens=self.bank.max_tokens, force_exit=self.bank.force_exit, fallback=self.bank.fallback,
+      with_failures=self.bank.form == "self_normalised",
     )  # fmt: skip
 
   def put(self, tree: Any) -> Any:

@@ -81,6 +81,7 @@ class Chain:
   """
 
   name = "chain"
+  aligned = True  # A thought is the reference solution, line by line.
 
   def __init__(
     self,

@@ -92,7 +92,10 @@ class Schema:
     if not fields.get("answer") and not fields.get("derive"):
       raise ValueError("task.options.fields has neither 'answer' nor 'derive': rows would have no answer.")
     several = lambda value: (value,) if isinstance(value, str) else tuple(value)
-    return cls(**{name: several(x) if name in ("question", "solution", "answer") else x for name, x in fields.items()})
+    held: dict[str, Any] = {
+      name: several(x) if name in ("question", "solution", "answer") else x for name, x in fields.items()
+    }
+    return cls(**held)
 
 
 SCHEMAS: Mapping[str, Schema] = {
@@ -157,6 +160,7 @@ class Dataset:
       `verifiers.composite`.
     skip_without_answer: leaves rows without a usable answer out, logging how many,
       instead of raising.
+    aligned: whether the model was trained to think as the reference solutions are written, line by line.
     limit: at most so many examples, the first in the file's order; None for all.
     cache_dir: where the ArrayRecord files go; `<data_dir>/.tfds` if None.
     instruction: what is asked for beside the question, such as "Put your final answer
@@ -184,6 +188,7 @@ class Dataset:
     matcher: str = "math",
     format_weight: float = 0.0,
     skip_without_answer: bool = False,
+    aligned: bool = False,
     limit: int | None = None,
     cache_dir: str | pathlib.Path | None = None,
     instruction: str = "",
@@ -204,6 +209,7 @@ class Dataset:
       cache_dir=cache_dir,
     )
     self.name = f"dataset/{dataset}"
+    self.aligned = aligned
     self.counts: dict[str, int] = dict(builder.info.metadata)
     self._match = names.resolve("task.options.matcher", matcher, verifiers.VERIFIERS)
     self._format_weight = format_weight

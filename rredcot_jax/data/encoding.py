@@ -1,13 +1,16 @@
 """Text becomes token ids, and token ids become text, here and nowhere else.
 
-A trace is laid out as
+A prompt and its response are laid out as
 
-    question <think> step_1 .. step_n </think> answer <eos>
+    question <think> thought exit solution answer <eos>
 
-`Codec.prompt_ids` makes the part up to and including `<think>`, and the policy writes the rest. Each
-piece is encoded on its own and the ids are joined, never the texts, so every boundary between pieces
-is a token position. A tokenizer with a chat template has the question wrapped in it, up to where the
-assistant speaks. A tokenizer without the markers writes them as plain text.
+`Codec.prompt_ids` makes the part up to and including `<think>`, and the policy writes the rest. The
+exit is `Layout.exit`, such as "\n</think>\n\n", and the answer is written into `Layout.answer`, such as
+"\boxed{%s}". In a task whose reference steps are the thought itself, no solution follows the exit.
+
+Each piece is encoded on its own and the ids are joined, never the texts, so every boundary between
+pieces is a token position. A tokenizer with a chat template has the question wrapped in it, up to
+where the assistant speaks. A tokenizer without the markers writes them as plain text.
 
 A question may hold any text. It is encoded so that no marker or special token written in it becomes
 the token of that name: only this file puts those in.
@@ -22,7 +25,7 @@ import numpy as np
 import transformers
 
 from rredcot_jax.data.tasks import Example
-from rredcot_jax.ops import banks, segmentation, types
+from rredcot_jax.ops import anatomy, banks, segmentation, types
 
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
@@ -34,16 +37,52 @@ _PLACEHOLDER = "\ue000question\ue000"
 
 
 @dataclasses.dataclass(frozen=True)
+class Layout:
+  """How a model writes what follows its thought.
+
+  Attributes:
+    exit: the text that leaves the thought. White space around the marker belongs to it.
+    answer: the text of an answer, with "%s" once in the place of the answer itself.
+  """
+
+  exit: str = THINK_CLOSE
+  answer: str = "%s"
+
+  def __post_init__(self) -> None:
+    if not self.marker:
+      raise ValueError(f"response.exit={self.exit!r} must hold more than white space: it is what ends the thought.")
+    if self.answer.count("%s") != 1:
+      raise ValueError(f"response.answer={self.answer!r} must hold '%s' once, in the place of the answer.")
+
+  @property
+  def marker(self) -> str:
+    """The exit without the white space around it: what a trace is searched for."""
+    return self.exit.strip()
+
+  def write(self, answer: str) -> str:
+    """The text of `answer`."""
+    return self.answer.replace("%s", answer)
+
+
+@dataclasses.dataclass(frozen=True)
 class Codec:
   """A model's tokenizer and how a response is written with it.
 
   Attributes:
     tokenizer: the model's. It has an end-of-sequence and a padding token (see `model.tokenizer.load_tokenizer`).
     chat: whether the tokenizer's chat template, if it has one, wraps the question.
+    layout: how the model writes what follows its thought.
+    end_ids: all ids that end a trace; () is the tokenizer's end-of-sequence token alone.
   """
 
   tokenizer: transformers.PreTrainedTokenizerFast
   chat: bool = True
+  layout: Layout = Layout()
+  end_ids: tuple[int, ...] = ()
+
+  def __post_init__(self) -> None:
+    if not self.end_ids:
+      object.__setattr__(self, "end_ids", (self.eos_id,))
 
   @property
   def vocab_size(self) -> int:
@@ -52,7 +91,7 @@ class Codec:
 
   @property
   def eos_id(self) -> int:
-    """The id that ends a trace and belongs to it."""
+    """The id that a reference ends with; a trace may end with any of `end_ids`."""
     return int(self.tokenizer.eos_token_id)
 
   @property
@@ -72,17 +111,28 @@ class Codec:
     return [self._encode(step) for step in example.steps]
 
   def answer_ids(self, example: Example) -> list[int]:
-    """Ids of the gold answer, then the end-of-sequence token."""
-    return [*self._encode(example.answer), self.eos_id]
+    """Ids of the gold answer in its template, then the end-of-sequence token."""
+    return [*self._encode(self.layout.write(example.answer)), self.eos_id]
 
   @functools.cached_property
   def exit_ids(self) -> list[int]:
-    """Ids of the marker that leaves the thought."""
-    return self._marker_ids(THINK_CLOSE)
+    """Ids of the exit: its marker's own token where the vocabulary has one, and the white space around it."""
+    before, _, after = self.layout.exit.partition(self.layout.marker)
+    if self.layout.marker not in self.tokenizer.get_vocab():
+      return self._encode(self.layout.exit)
+    return [*self._encode(before), *self._marker_ids(self.layout.marker), *self._encode(after)]
 
-  def reference(self, example: Example) -> banks.Reference:
-    """The reference solution and answer as token ids, for the banks."""
-    return banks.Reference(self.solution_ids(example), self.exit_ids, self.answer_ids(example))
+  def reference(self, example: Example, *, aligned: bool = True) -> banks.Reference:
+    """The reference solutions and the answer as token ids, for the banks.
+
+    Args:
+      example: the question.
+      aligned: whether the model's thought follows the reference line by line, see `tasks.Task`.
+    """
+    return banks.Reference(
+      self.solution_ids(example), self.exit_ids, self.answer_ids(example),
+      solutions=[[self._encode(step) for step in steps] for steps in example.solutions], aligned=aligned,
+    )  # fmt: skip
 
   # ---- Ids to text -------------------------------------------------------------------------
 
@@ -96,8 +146,9 @@ class Codec:
     return str(self.tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
   def response(self, ids: Sequence[int]) -> str:
-    """The text of a trace without its end-of-sequence token, as verifiers read it."""
-    return self.decode([token for token in ids if token != self.eos_id])
+    """The text of a trace as verifiers read it: without the tokens that end it, and with `</think>` as its exit."""
+    text = self.decode([token for token in ids if token not in self.end_ids])
+    return text if self.layout.marker == THINK_CLOSE else text.replace(self.layout.marker, THINK_CLOSE, 1)
 
   def responses(self, rollout: types.Rollout) -> list[str]:
     """`response` of each trace of a batch on the host."""
@@ -120,6 +171,11 @@ class Codec:
     unknown = self.tokenizer.unk_token_id
     known = [ids for ids in encoded if unknown is None or unknown not in ids]
     return segmentation.vocab_tables(self.token_texts(), known)
+
+  @functools.cached_property
+  def exit_table(self) -> anatomy.ExitTable:
+    """What recognises the exit in every tokenisation of its marker."""
+    return anatomy.exit_table(self.token_texts(), self.layout.marker)
 
   # ---- Pieces ------------------------------------------------------------------------------
 

@@ -86,13 +86,14 @@ class ReasoningGym:
     options: further fields of the data set's configuration in the library.
     scorer: what judges a final answer. "library": the data set's own scorer.
       "numeric" and "exact": `verifiers.numeric_match` and `verifiers.exact_match`
-      against the gold answer; "package.module:function" of one's own likewise. (The own scorer of gsm_symbolic takes the first
-      number that it finds and loses its sign.)
+      against the gold answer; "package.module:function" of one's own likewise.
+      (The own scorer of gsm_symbolic takes the first number that it finds and loses its sign.)
     partial_credit: whether the library's scores between 0 and 1 are passed on.
       Off, they count as 0: the base class pays 0.5 for "42" where "4" is right,
       and gsm_symbolic 0.01 for any number.
     templates: numbers of the templates that examples are taken from, for data
       sets of the library that have them (gsm_symbolic); () is all.
+    aligned: whether the model was trained to think as the reference solutions are written, line by line.
 
   Raises:
     ValueError: on an unknown name or option (the nearest valid one is offered),
@@ -110,6 +111,7 @@ class ReasoningGym:
     scorer: str = "library",
     partial_credit: bool = False,
     templates: Sequence[int] = (),
+    aligned: bool = False,
   ):
     _check_dataset(dataset)
     names.check_option("split", split, SPLITS)
@@ -117,6 +119,7 @@ class ReasoningGym:
     if size < 1:
       raise ValueError(f"size={size} of {dataset!r} makes a task that yields no prompt.")
     self.name = f"reasoning_gym/{dataset}"
+    self.aligned = aligned
     self._split = split
     self._size = size
     self._candidates = _CANDIDATES * (-(-_MAX_TEMPLATES // len(templates)) if templates else 1)

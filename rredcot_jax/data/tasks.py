@@ -22,6 +22,7 @@ class Example:
   steps: tuple[str, ...]  # "".join(steps) is the reference solution; () where the source has none.
   answer: str  # The gold final answer.
   entry: Any = None  # Whatever the task's verifier needs.
+  solutions: tuple[tuple[str, ...], ...] = ()  # Further reference solutions with the same answer, each like `steps`.
 
 
 class Task(Protocol):
@@ -31,6 +32,8 @@ class Task(Protocol):
     `teacher_trace(example, rng) -> Trace`, a trace to imitate in a supervised warm start; else the reference is.
     `first_wrong_step(example, text) -> int | None`, the line of the thought in which the first mistake was made.
     `answer_stated(example, text) -> bool`, whether the beginning `text` of a trace has stated its answer.
+    `aligned: bool`, whether a thought follows the reference solution line by line, so that the `suffix` bank can go
+      on with the reference from where a thought stands; False where it is missing.
   """
 
   name: str

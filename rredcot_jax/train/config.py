@@ -28,6 +28,10 @@ def default_config() -> ConfigDict:
   config.tokenizer.path = ""  # A directory or .gguf file, or one under rredcot_jax/assets; "" is beside initial_params.
   config.tokenizer.chat = True  # Whether its chat template, if it has one, wraps the question.
 
+  config.response = ConfigDict()  # How the model writes what follows its thought; `set_model` knows some families.
+  config.response.exit = ""  # The text that leaves the thought, such as "\n</think>\n\n"; "" is "</think>".
+  config.response.answer = ""  # The text of an answer, with "%s" in its place, such as "\\boxed{%s}"; "" is "%s".
+
   config.model = ConfigDict()  # Sizes; `set_model` fills them in for a model known by name.
   config.model.vocab_size = 0  # 0 is the tokenizer's.
   config.model.width = 128
@@ -67,6 +71,7 @@ def default_config() -> ConfigDict:
   config.segmentation = ConfigDict()
   config.segmentation.method = "newline"  # segmentation.METHODS, or "package.module:function".
   config.segmentation.k_max = 12  # More cuts than fit are merged, and counted.
+  config.segmentation.after_exit = "one"  # segmentation.AFTER_EXIT: one segment, or as the thought is cut.
   config.segmentation.stride = 8  # Tokens a segment, for stride.
 
   config.credit = ConfigDict()
@@ -187,8 +192,12 @@ def _open_options(config: ConfigDict) -> ConfigDict:
   return config
 
 
+# Families that leave their thought with a line of its own and answer in a box.
+_THINKING = ("Qwen3-", "DeepSeek-R1-")
+
+
 def set_model(config: ConfigDict, name: str) -> None:
-  """Fills in the sizes of a model known by name.
+  """Fills in the sizes of a model known by name, and how its family writes a response.
 
   Raises:
     ValueError: if `name` is not in `model.config.SIZES`, offering the nearest.
@@ -198,6 +207,8 @@ def set_model(config: ConfigDict, name: str) -> None:
   scaling = sizes.pop("rope_scaling")
   config.model.update(sizes)
   config.model.rope_scaling.update(scaling or {"kind": "none"})
+  if any(name.startswith(family) for family in _THINKING):
+    config.response.update({"exit": "\n</think>\n\n", "answer": "\\boxed{%s}"})
 
 
 def options_of(arg: str, allowed: Mapping[str, Sequence[str]]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from rredcot_jax.credit import rules, source
 from rredcot_jax.credit.assigner import Assigner
 from rredcot_jax.credit.sources import source_class
 from rredcot_jax.data import tasks
-from rredcot_jax.data.encoding import Codec
+from rredcot_jax.data.encoding import Codec, Layout
 from rredcot_jax.model import decoder, tokenizer
 from rredcot_jax.model.config import Compute, ModelConfig, RopeScaling
 from rredcot_jax.ops.names import check_option
@@ -72,7 +72,8 @@ class Experiment:
       )
     for start in starts if options.path else ():
       tokenizer.check_fits(loaded, initial.locate(start), wanted or len(loaded))
-    return Codec(loaded, chat=options.chat)
+    layout = Layout(**{name: text for name, text in self.config.response.to_dict().items() if text})
+    return Codec(loaded, chat=options.chat, layout=layout, end_ids=tokenizer.end_ids(loaded, path))
 
   @functools.cached_property
   def train_task(self) -> tasks.Task:
@@ -167,8 +168,8 @@ class Experiment:
   def rollout_steps(self) -> train_step.RolloutSteps:
     """The compiled arrows from parameters to segments."""
     return train_step.compile_rollouts(
-      self.model, self.mesh, self.rollout_mesh, eos_id=self.codec.eos_id,
-      segmentation_options=self.config.segmentation.to_dict(), sampling_options=self.generation_options,
+      self.model, self.mesh, self.rollout_mesh, self.codec, segmentation_options=self.config.segmentation.to_dict(),
+      sampling_options=self.sampling_options,
     )  # fmt: skip
 
   @functools.cached_property
@@ -191,7 +192,7 @@ class Experiment:
   @property
   def generation_options(self) -> dict[str, Any]:
     """Keyword arguments of `sampling.sample`."""
-    return self.sampling_options | {"eos_id": self.codec.eos_id, "pad_id": self.codec.pad_id}
+    return self.sampling_options | {"eos_id": self.codec.end_ids, "pad_id": self.codec.pad_id}
 
   @functools.cached_property
   def setting(self) -> source.Setting:

@@ -23,7 +23,7 @@ from rredcot_jax.data import batching, judging, tasks
 from rredcot_jax.data.encoding import Codec
 from rredcot_jax.ops import losses, types
 from rredcot_jax.parallel import processes, sharding
-from rredcot_jax.report import page
+from rredcot_jax.report import records
 from rredcot_jax.train import checkpoint, evaluation, metrics, trace_records
 from rredcot_jax.train.experiment import Experiment
 
@@ -117,7 +117,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: processes.StopNoti
     policy = rollouts.params(state.params)
     placed_prompts = sharding.put_batch(rollout_mesh, prompt_arrays)
     rollout, cache = rollouts.sample(policy, *placed_prompts, jax.random.fold_in(policy_key, step))
-    segments = rollouts.segment(rollout, codec.tables)
+    segments = rollouts.segment(rollout)
     on_host = processes.to_host(rollout_mesh, (rollout, segments))
     judged = [examples[place] for place in rows.judged]
     judged_rollout = jax.tree.map(lambda x: x[rows.judged], on_host[0])
@@ -187,7 +187,7 @@ def needs_evaluation(config: ConfigDict, workdir: pathlib.Path, step: int, resum
   """Whether the state at the start of this run is to be evaluated; a run told to stop may have saved before it did."""
   due = step % config.evaluation.every == 0 or step == config.num_steps
   if due and resumed and processes.is_main():
-    lines = page.read_metrics(workdir / "metrics.jsonl")
+    lines = records.read_metrics(workdir / "metrics.jsonl")
     due = not any(line["step"] == step and "eval/pass@1" in line for line in lines)
   return processes.from_main(due)
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from rredcot_jax.credit import source as source_lib
 from rredcot_jax.credit.sources import source_class
+from rredcot_jax.data.encoding import Layout
 from rredcot_jax.model.config import ATTENTIONS, DTYPES, REMATS
 from rredcot_jax.ops import advantages, banks, losses, redistribution, segmentation, values
 from rredcot_jax.ops.names import check_option, resolve
@@ -16,6 +17,7 @@ _WORD, _NAMED = object(), object()  # A built-in name alone, or also "package.mo
 
 _CHOICES: Mapping[str, tuple[tuple[str, ...], object]] = {
   "segmentation.method": (segmentation.METHODS, _NAMED),
+  "segmentation.after_exit": (segmentation.AFTER_EXIT, _WORD),
   "credit.mode": (advantages.MODES, _WORD),
   "credit.bank": (banks.BANKS, _NAMED),
   "credit.fallback": (banks.FALLBACKS, _WORD),
@@ -113,6 +115,7 @@ def validate(config: ConfigDict) -> None:
   _check_rows(config)
   _check_losses(config)
   _check_credit(config)
+  Layout(**{name: text for name, text in config.response.to_dict().items() if text})
 
 
 def bank_options(config: ConfigDict) -> source_lib.BankOptions:
