@@ -53,7 +53,7 @@ def test_the_body_of_a_loop_of_unknown_length_counts_once():
 
 
 def test_of_branches_the_longest_counts():
-  either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: times(x, 3), lambda x: x, x)
+  either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: times(x, 3), lambda x: x @ x, x)
   assert flops.count(either, SQUARE) == 3 * PRODUCT
 
 

@@ -132,8 +132,8 @@ def test_numbers_of_every_width_are_sent_at_their_width(kind, size):
     (5, 2, 2, "size=2 stride=2", 4),
     # Places spread out, zeros between them: windows of 2 over x 0 x 0 x see one place each.
     (3, 2, 4, "size=2 lhs_dilate=2", 4),
-    # A kernel spread out over three places.
-    (3, 2, 1, "size=2 rhs_dilate=2", 2),
+    # A kernel spread out over four places, of which padding covers the last.
+    (3, 2, 1, "size=2 rhs_dilate=3 pad=0_1", 1),
   ],
 )
 def test_a_convolution_counts_the_places_its_windows_see(left, kernel, out, window, pairs):
@@ -159,6 +159,8 @@ def test_a_loop_of_known_length_and_one_unrolled_by_two():
   counter = "  %i.1 = s32[] get-tuple-element(%p), index=0\n  %two = s32[] constant(2)\n  %n = s32[] add(%i.1, %two)\n"
   unrolled = TPU_TEXT.replace("  ROOT %t =", counter + "  ROOT %t =").replace("tuple(%x, %y)", "tuple(%n, %y)")
   assert hlo.count(unrolled).flops == 36 / 2 * 2 * 8 * 128 * 128
+  # A last turn that has one step left is a turn.
+  assert hlo.count(unrolled.replace("constant(36)", "constant(35)")).flops == 18 * 2 * 8 * 128 * 128
 
 
 def test_all_branches_of_a_conditional_count():
