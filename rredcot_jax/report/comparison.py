@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.stats
 
-from rredcot_jax.report import page
+from rredcot_jax.report import records
 from rredcot_jax.report.statistics import mean_and_error
+from rredcot_jax.report.text import visible
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -47,8 +48,8 @@ class Run:
 
 
 def read_run(workdir: Path) -> Run:
-  """The figures of one run, from its metrics; see `page.read_metrics` for what it raises."""
-  lines = page.read_metrics(workdir / "metrics.jsonl")
+  """The figures of one run, from its metrics; see `records.read_metrics` for what it raises."""
+  lines = records.read_metrics(workdir / "metrics.jsonl")
   evaluations = [line for line in lines if "eval/pass@1" in line]
   steps = [line for line in lines if "train/step_seconds" in line]
   spent = {0: 0.0}
@@ -257,7 +258,8 @@ def summary_figure(figures: Mapping[str, Any]) -> "Figure":
 
 
 def print_table(table: Sequence[Mapping[str, str]]) -> None:
-  """Prints rows of one set of columns, aligned."""
+  """Prints rows of one set of columns, aligned; control characters are shown as codes."""
+  table = [{visible(key): visible(cell) for key, cell in line.items()} for line in table]
   widths = {key: max(len(key), *(len(line[key]) for line in table)) for key in table[0]}
   print("\n" + "  ".join(key.ljust(width) for key, width in widths.items()))
   for line in table:

@@ -1,20 +1,21 @@
 """The credit study for people: study.json, PNG figures, and one self-contained page.
 
-Texts of traces are a model's, hence untrusted: they reach the page and the figures escaped.
+Texts of traces are a model's, hence untrusted: they reach the page escaped, and the figures with control
+characters as codes and no formulas.
 """
 
 import base64
 import io
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rredcot_jax.report import page
+from rredcot_jax.report import files, page, style
+from rredcot_jax.report.text import one_line
 from rredcot_jax.study import agreement
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _GUIDE = "#9a9aa2"
 
 
 def write(workdir: pathlib.Path, result: Mapping[str, Any], *, title: str, config: str) -> None:
-  """Writes study.json, figures/*.png and study.html into `workdir`.
+  """Writes study.json, figures/*.png and study.html into `workdir`, each whole or not at all.
 
   Args:
     workdir: made if it is not there.
@@ -47,11 +48,9 @@ def write(workdir: pathlib.Path, result: Mapping[str, Any], *, title: str, confi
 
   (workdir / "figures").mkdir(parents=True, exist_ok=True)
   text = json.dumps(tables.jsonable(result), indent=1, allow_nan=False)
-  temporary = workdir / ".study.json.tmp"
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, workdir / "study.json")
+  files.write_whole(workdir / "study.json", text)
   result = json.loads(text)
-  parts = [f"<h1>{page.text_html(title)}</h1>", _facts(result)]
+  figures = []
   for name, caption, draw in (
     ("summary", "Intervals: 95%, bootstrap over prompts. Dashed: what a perfect estimator could reach against "
      "this truth (a), chance (c), GRPO (d).", summary_figure),
@@ -61,17 +60,20 @@ def write(workdir: pathlib.Path, result: Mapping[str, Any], *, title: str, confi
   ):  # fmt: skip
     figure = draw(result)
     if figure is not None:
-      parts.append(f"<h2>{name.capitalize()}</h2>{_save(figure, workdir / 'figures' / f'{name}.png', caption)}")
-  parts += _tables(result)
-  if result["records"]:
-    parts.append("<h2>Credit on traces</h2>")
-    for i, trace in enumerate(result["records"]):
-      path = workdir / "figures" / f"trace_{i}.png"
-      parts.append(_save(trace_figure(trace), path, "Each method's rewards, tinted by its own largest."))
-  parts.append(
-    f"<h2>Configuration</h2><details><summary>all options</summary><pre>{page.text_html(config)}</pre></details>"
+      figures.append((name, _save(figure, workdir / "figures" / f"{name}.png"), caption))
+  page.write_page(
+    workdir / "study.html",
+    "study.html",
+    package="rredcot_jax.study",
+    title=title,
+    result=result,
+    figures=figures,
+    sections=_sections(result),
+    traces=[
+      _save(trace_figure(one), workdir / "figures" / f"trace_{i}.png") for i, one in enumerate(result["records"])
+    ],
+    config=config,
   )
-  page.write_page(workdir / "study.html", title=title, parts=parts)
 
 
 # ---- Figures -----------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def summary_figure(result: Mapping[str, Any]) -> "Figure":
   from matplotlib.figure import Figure
 
   names = list(result["spearman_difference"])
-  with page.style():
+  with style.context():
     figure = Figure(figsize=(9, 7.6), layout="constrained")
     # Subfigures, so that the long labels of one panel do not narrow another.
     panels: Any = figure.subfigures(2, 2)
@@ -189,7 +191,7 @@ def calibration_figure(result: Mapping[str, Any]) -> "Figure | None":
     return None
   columns = min(len(curves), 4)
   rows = math.ceil(len(curves) / columns)
-  with page.style():
+  with style.context():
     figure = Figure(figsize=(9, 2.35 * rows + 0.2), layout="constrained")
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for ax in axes.flat[len(curves) :]:
@@ -216,7 +218,7 @@ def cost_figure(result: Mapping[str, Any]) -> "Figure | None":
   ]
   if not priced:
     return None
-  with page.style():
+  with style.context():
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for ax, key, unit in zip(
       figure.subplots(1, 2, sharey=True), ("flops", "seconds"), ("GFLOP a trace", "seconds a trace")
@@ -247,7 +249,7 @@ def segmentation_figure(result: Mapping[str, Any]) -> "Figure | None":
   if not methods:
     return None
   names = list(rows)
-  with page.style():
+  with style.context():
     figure = Figure(figsize=(9, 0.9 + 0.42 * len(names) + 0.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     height = 0.8 / len(methods)
@@ -285,8 +287,8 @@ def trace_figure(trace: Mapping[str, Any]) -> "Figure":
   from matplotlib.figure import Figure
 
   methods = list(trace["rewards"])
-  texts = [page.one_line(text, 36) for text in trace["segments"]]
-  with page.style():
+  texts = [one_line(text, 36) for text in trace["segments"]]
+  with style.context():
     figure = Figure(figsize=(9, 1.75 + 0.24 * len(texts)), layout="constrained")
     ax = figure.subplots()
     for column, name in enumerate(methods):
@@ -295,7 +297,7 @@ def trace_figure(trace: Mapping[str, Any]) -> "Figure":
       for row, reward in enumerate(rewards):
         if reward is None or not math.isfinite(reward):
           continue
-        color = [x / 255 for x in page.tint(reward, max(finite))]
+        color = [x / 255 for x in style.tint(reward, max(finite))]
         ax.add_patch(_square(column, row, color))
         small = f"{reward:+.2f}" if abs(reward) < 10 else f"{reward:+.0f}"
         ax.text(column + 0.5, row + 0.5, small, ha="center", va="center", fontsize=6)
@@ -313,10 +315,10 @@ def trace_figure(trace: Mapping[str, Any]) -> "Figure":
     ax.tick_params(length=0)
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    answer = page.one_line(trace["answer"], 20)
+    answer = one_line(trace["answer"], 20)
     outcome = f"reference answer {answer}, trace {'right' if trace['return'] >= 1 else 'wrong'}"
     ax.set_xlabel(
-      f"{page.one_line(trace['prompt'], 90)}   {outcome}",
+      f"{one_line(trace['prompt'], 90)}   {outcome}",
       fontsize=7, parse_math=False,
     )  # fmt: skip
   return figure
@@ -328,30 +330,16 @@ def _square(column: int, row: int, color: Sequence[float]) -> Any:
   return Rectangle((column, row), 1, 1, facecolor=color, edgecolor="#ffffff", linewidth=1)
 
 
-def _save(figure: "Figure", path: pathlib.Path, caption: str) -> str:
-  with page.style():
-    figure.savefig(path, dpi=130)
-    buffer = io.BytesIO()
+def _save(figure: "Figure", path: pathlib.Path) -> str:
+  """Writes the figure as PNG, and returns it as a data URL."""
+  buffer = io.BytesIO()
+  with style.context():
     figure.savefig(buffer, format="png", dpi=130)
-  data = base64.b64encode(buffer.getvalue()).decode()
-  name = page.text_html(path.stem)
-  return (
-    f'<figure><img alt="{name}" style="width:100%" src="data:image/png;base64,{data}">'
-    f"<figcaption>{page.text_html(caption)}</figcaption></figure>"
-  )
+  files.write_whole(path, buffer.getvalue())
+  return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ---- Tables ------------------------------------------------------------------------------
-
-
-def _facts(result: Mapping[str, Any]) -> str:
-  truth = result["truth"]
-  return (
-    f'<p class="note">{result["traces"]} traces of {result["prompts"]} prompts, {result["accuracy"]:.1%} right. '
-    f"Ground truth: {truth['samples']} rollouts of each of {result['states']} distinct states, "
-    f"{truth['generated_tokens']:,} tokens in {truth['seconds']:,.0f} s; mean standard error of a value "
-    f"{truth['standard_error']:.3f}. {page.text_html(result['command'])}</p>"
-  )
 
 
 def cell(figure: Sequence[float | None] | None, digits: int = 3) -> str | None:
@@ -364,52 +352,73 @@ def cell(figure: Sequence[float | None] | None, digits: int = 3) -> str | None:
   return f"{figure[0]:.{digits}f}{ends}"
 
 
-def _tables(result: Mapping[str, Any]) -> list[str]:
-  parts = ["<h2>a. Value quality</h2>"]
+def _sections(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """The page's sections of tables: each a heading, a note and tables, each a caption, its rows and whether it is open.
+
+  A caption of None is no fold: the table stands by itself.
+  """
+  return [
+    {"heading": "a. Value quality", "note": "", "tables": _value_tables(result)},
+    {
+      "heading": "b. Ranking of continuations of one state",
+      "note": f"{result['ranking']['pairs']} pairs",
+      "tables": [(None, _figure_rows("ordered as the truth", result["ranking"]["methods"]), True)],
+    },
+    {"heading": "c. Error localisation", "note": "", "tables": _localisation_tables(result)},
+    *([_variance_section(result["gradient_variance"])] if result["gradient_variance"] else []),
+    {"heading": "e. Segmentation", "note": "", "tables": [(None, _segmentation_rows(result), True)]},
+    {"heading": "f. Cost of crediting a trace", "note": "", "tables": [(None, _cost_rows(result), True)]},
+  ]
+
+
+def _figure_rows(column: str, figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+  return [{"method": label(name), column: cell(figure)} for name, figure in figures.items()]
+
+
+def _value_tables(result: Mapping[str, Any]) -> list[tuple]:
+  tables = []
   for what, title in (("differences", "Redistributed rewards r"), ("values", "State values v")):
     for subset, table in result["value_quality"][what].items():
-      if not table["methods"]:
-        continue
       ceiling = table["ceiling"] or {}
       note = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in ceiling.items() if value is not None)
       rows = [
         {"method": label(n), **{m.replace("_", " "): cell(row[m]) for m in agreement.MEASURES}}
         for n, row in table["methods"].items()
       ]
-      head = f"{title}: {subset}, n = {table['n']}; {note}"
-      opened = " open" if subset == "all" else ""
-      parts.append(f"<details{opened}><summary>{page.text_html(head)}</summary>{page.table_html(rows)}</details>")
-  ranking = result["ranking"]
-  parts.append(f"<h2>b. Ranking of continuations of one state</h2><p>{ranking['pairs']} pairs</p>")
-  if ranking["methods"]:
-    parts.append(
-      page.table_html([{"method": label(n), "ordered as the truth": cell(x)} for n, x in ranking["methods"].items()])
+      counted = f"{title}: {subset}, n = {table['n']}"
+      tables.append((f"{counted}; {note}" if note else counted, rows, subset == "all"))
+  return tables
+
+
+def _localisation_tables(result: Mapping[str, Any]) -> list[tuple]:
+  return [
+    (
+      f"{name}: {table['traces']} failed traces",
+      _figure_rows("share", table["methods"] | {"chance": table["chance"]}),
+      True,
     )
-  parts.append("<h2>c. Error localisation</h2>")
-  for name, table in result["localisation"].items():
-    if table["methods"]:
-      rows = [
-        {"method": label(n), "share": cell(x)} for n, x in [*table["methods"].items(), ("chance", table["chance"])]
-      ]
-      parts.append(f"<h3>{page.text_html(name)}: {table['traces']} failed traces</h3>{page.table_html(rows)}")
-  variance = result["gradient_variance"]
-  if variance:
-    keys = ("variance_ratio", "own_ratio", "useful_ratio", "useful_ratio_at_equal_compute", "cosine", "cosine_of_means")
-    parts.append(
-      f"<h2>d. Gradient variance</h2><p>{variance['prompts']} prompts, {variance['groups']} groups each; reference "
-      f"{page.text_html(variance['unbiased'])}</p>"
-    )
-    rows = [
-      {"method": label(n), **{key.replace("_", " "): cell(row[key]) for key in keys}}
-      for n, row in variance["fixed prompts"].items()
-    ]
-    parts.append(f"<h3>at fixed prompts</h3>{page.table_html(rows)}")
-    rows = [
-      {"method": label(n), **{key.replace("_", " "): row[key] for key in keys if key in row}}
-      for n, row in variance["across prompts"].items()
-    ]
-    parts.append(f"<h3>across prompts</h3>{page.table_html(rows)}")
-  parts.append("<h2>e. Segmentation</h2>")
+    for name, table in result["localisation"].items()
+    if table["methods"]
+  ]
+
+
+def _variance_section(variance: Mapping[str, Any]) -> dict[str, Any]:
+  keys = ("variance_ratio", "own_ratio", "useful_ratio", "useful_ratio_at_equal_compute", "cosine", "cosine_of_means")
+  rows = lambda table, show: [
+    {"method": label(n), **{key.replace("_", " "): show(row[key]) for key in keys if key in row}}
+    for n, row in table.items()
+  ]
+  return {
+    "heading": "d. Gradient variance",
+    "note": f"{variance['prompts']} prompts, {variance['groups']} groups each; reference {variance['reference']}",
+    "tables": [
+      ("at fixed prompts", rows(variance["fixed prompts"], cell), True),
+      ("across prompts", rows(variance["across prompts"], lambda x: x), True),
+    ],
+  }
+
+
+def _segmentation_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
   rows = []
   for name, table in result["segmentation"].items():
     for method, price in table["cost"].items():
@@ -421,11 +430,12 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
         "first wrong step": cell(table["localisation"]["methods"].get(method)),
         "forward tokens": price["forward_tokens"] + price["generated_tokens"], "seconds a trace": price["seconds"],
       })  # fmt: skip
-  parts.append(page.table_html(rows))
-  parts.append("<h2>f. Cost of crediting a trace</h2>")
-  parts.append(page.table_html([
+  return rows
+
+
+def _cost_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+  return [
     {"method": label(n), "forward tokens": p["forward_tokens"], "generated tokens": p["generated_tokens"],
      "GFLOP": p["flops"] / 1e9, "seconds": p["seconds"], "states with a value behind them": p["covered_states"]}
     for n, p in result["cost"].items()
-  ]))  # fmt: skip
-  return parts
+  ]  # fmt: skip
