@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from rredcot_jax.model import decoder
 from rredcot_jax.ops.names import check_option
-from rredcot_jax.report import comparison, files, page
+from rredcot_jax.report import comparison, files, page, records
 from rredcot_jax.train import launch, loop, validation
 from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
@@ -77,7 +77,7 @@ def finished(workdir: pathlib.Path, config: ConfigDict) -> bool:
     return False
   workdir_lib.claim(workdir, config, "", resume=True)
   try:
-    lines = page.read_metrics(workdir / "metrics.jsonl")
+    lines = records.read_metrics(workdir / "metrics.jsonl")
   except ValueError:  # Killed before its first evaluation.
     return False
   return any(line["step"] == config.num_steps and "eval/pass@1" in line for line in lines)

@@ -23,7 +23,7 @@ import tiny_config
 import train
 from helpers import UPDATES, make_batch, make_state, run, saved_params, untimed
 
-from rredcot_jax.report import page
+from rredcot_jax.report import records
 from rredcot_jax.train import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -97,7 +97,7 @@ def test_killed_at_random_moments_a_run_repeats_bit_for_bit(tmp_path, kills):
   assert kept["half_written"] > 0  # Some kills fell into the write of a checkpoint.
   killed, whole = tmp_path / "killed", tmp_path / "whole"
   assert untimed(killed) == untimed(whole)
-  assert page.read_traces(killed / "traces.jsonl") == page.read_traces(whole / "traces.jsonl")
+  assert records.read_traces(killed / "traces.jsonl") == records.read_traces(whole / "traces.jsonl")
   config = killed_run.get_config(kills)
   (ours, data), (theirs, their_data) = (saved_params(run, config.num_steps, config) for run in (killed, whole))
   assert data == their_data

@@ -22,7 +22,7 @@ from helpers import run, saved_params, untimed
 
 from rredcot_jax.data.chain import Chain
 from rredcot_jax.parallel import processes, sharding
-from rredcot_jax.report import page
+from rredcot_jax.report import records
 
 ROOT = pathlib.Path(__file__).parent.parent
 # To float32 reassociation: sums over devices are taken in another order.
@@ -153,7 +153,7 @@ def check_same_run(workdir, expected_workdir, config):
     assert ours == pytest.approx(theirs, **CLOSE)
   (ours, _), (theirs, _) = (saved_params(path, config.num_steps, config) for path in (workdir, expected_workdir))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours.params, theirs.params)
-  traces, expected = (page.read_traces(path / "traces.jsonl") for path in (workdir, expected_workdir))
+  traces, expected = (records.read_traces(path / "traces.jsonl") for path in (workdir, expected_workdir))
   assert [trace["tokens"] for trace in traces] == [trace["tokens"] for trace in expected]
   return lines
 

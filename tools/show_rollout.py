@@ -20,7 +20,7 @@ from rredcot_jax.credit.assigner import Assigner
 from rredcot_jax.credit.source import Batch
 from rredcot_jax.data import batching, judging
 from rredcot_jax.parallel import sharding
-from rredcot_jax.report import page
+from rredcot_jax.report import plots, terminal
 from rredcot_jax.train import trace_records
 from rredcot_jax.train.experiment import Experiment, make_source
 
@@ -75,10 +75,10 @@ def main(_: Any) -> None:
   rows.sort(key=lambda trace: trace["return"], reverse=True)
   shown = rows if COUNT.value >= len(rows) else [*rows[: COUNT.value - 1], rows[-1]]
   for trace in shown:
-    print(page.render_terminal(trace, color=sys.stdout.isatty()))
+    print(terminal.render_terminal(trace, color=sys.stdout.isatty()))
     print()
   if PICTURE.value:
-    page.credit_figure(shown[-1]).savefig(PICTURE.value, dpi=110)
+    plots.credit_figure(shown[-1]).savefig(PICTURE.value, dpi=110)
 
 
 if __name__ == "__main__":
