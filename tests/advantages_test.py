@@ -46,16 +46,16 @@ def test_group_advantages_goldens():
   close(advantages.group_advantages(returns, epsilon=0.1), centred / (std + 0.1))
   close(advantages.group_advantages(returns, scale="none"), centred)
   # The others' mean: for a 1, (0 + 0 + 1 + .5) / 4 = .375.
-  leave_one_out = advantages.group_advantages(returns, baseline="leave_one_out", scale="none")
+  leave_one_out = advantages.group_advantages(returns, baseline="rloo", scale="none")
   close(leave_one_out, [0.625, -0.625, -0.625, 0.625, 0.0])
-  close(advantages.group_advantages(returns, baseline="leave_one_out"), centred * 1.25 / (std + 1e-6))
+  close(advantages.group_advantages(returns, baseline="rloo"), centred * 1.25 / (std + 1e-6))
   # The sample's deviation, 1/4 in place of 1/5, as TRL and Tunix have it.
   close(advantages.group_advantages(returns, ddof=1), centred / (0.5 + 1e-6))
-  close(advantages.group_advantages(returns, baseline="leave_one_out", ddof=1), centred * 1.25 / (0.5 + 1e-6))
+  close(advantages.group_advantages(returns, baseline="rloo", ddof=1), centred * 1.25 / (0.5 + 1e-6))
 
 
 @pytest.mark.parametrize("scale", advantages.SCALES)
-@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("baseline", ["mean", "rloo"])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 1 / 3])
 def test_zero_variance_gives_exactly_zero(value, baseline, scale):
   returns = jnp.full(7, value)
@@ -79,7 +79,7 @@ def test_zero_variance_is_exact():
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize(
-  "baseline, scale", [("mean", "std"), ("leave_one_out", "std"), ("mean", "none"), ("none", "none")]
+  "baseline, scale", [("mean", "std"), ("rloo", "std"), ("mean", "none"), ("none", "none")]
 )
 def test_a_return_that_cannot_be_used_is_left_out_of_its_group(baseline, scale, ddof, garbage):
   options = dict(baseline=baseline, scale=scale, ddof=ddof)
@@ -101,7 +101,7 @@ def test_a_return_that_cannot_be_used_is_left_out_of_its_group(baseline, scale, 
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("returns", [[np.nan] * 3, [np.nan, 1.0, np.nan], [np.nan, 1.0, 1.0]])
 def test_fewer_than_two_different_returns_that_can_be_used_say_nothing(returns, ddof, scale):
-  for baseline in ("mean", "leave_one_out"):
+  for baseline in ("mean", "rloo"):
     with jax.debug_nans(True):
       got = advantages.group_advantages(np.float32(returns), baseline=baseline, scale=scale, ddof=ddof)
     np.testing.assert_array_equal(got, np.zeros(3))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rredcot_jax.ops import checks, masked, names, types
 
-BASELINES = ("mean", "leave_one_out", "none")
+BASELINES = ("mean", "rloo", "none")
 SCALES = ("std", "none")
 SIGMA_MODES = ("uniform", "magnitude", "signed")
 MODES = (*SIGMA_MODES, "difference")
@@ -48,13 +48,13 @@ def group_advantages(
       A_i =  R_i - b_i                            scale="none"
 
       b_i = mean_j R_j                            baseline="mean"
-      b_i = mean_{j != i} R_j                     baseline="leave_one_out"
+      b_i = mean_{j != i} R_j                     baseline="rloo"
       b_i = 0                                     baseline="none", with scale="none" only
 
       std(R)^2 = sum_j (R_j - mean R)^2 / (G - ddof)
 
   mean with std is GRPO (arXiv 2402.03300), mean with none is Dr. GRPO
-  (arXiv 2503.20783), leave_one_out with none is RLOO (arXiv 2402.14740), none with
+  (arXiv 2503.20783), rloo with none is RLOO (arXiv 2402.14740), none with
   none is REINFORCE without a baseline: rewards of 0 and 1 then only ever praise.
   The deviation is the population's by default (ddof=0). TRL and Tunix divide by G - 1
   (ddof=1), which makes advantages smaller by a factor of sqrt((G - 1) / G): 0.935 for G = 8.
@@ -103,7 +103,7 @@ def group_advantages(
   count = jnp.sum(usable)
   centred = jnp.where(usable, returns - masked.masked_mean(returns, usable), 0)
   deviation = jnp.sqrt(jnp.sum(centred**2) / jnp.maximum(count - ddof, 1))
-  if baseline == "leave_one_out":
+  if baseline == "rloo":
     centred = centred * (count / jnp.maximum(count - 1, 1))
   if scale == "std":
     centred = centred / (deviation + epsilon)

@@ -244,7 +244,7 @@ def token_advantages(spec: str, estimates: Mapping[str, Estimate], traces: Trace
   """
   method, _, mode = spec.partition(":")
   unscaled = mode == "unscaled"
-  rule = rules.Rule(group_size, baseline="leave_one_out" if unscaled else "mean", scale="none" if unscaled else "std")
+  rule = rules.Rule(group_size, baseline="rloo" if unscaled else "mean", scale="none" if unscaled else "std")
   returns = jnp.asarray(traces.returns)
   if method == "grpo" and mode == "return":
     return jnp.where(traces.rollout.mask, returns[:, None], 0.0)
