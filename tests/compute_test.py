@@ -11,10 +11,10 @@ import optax
 import pytest
 
 from rredcot_jax.model import attention, decoder, scoring
-from rredcot_jax.model.config import Compute, ModelConfig
+from rredcot_jax.model.config import REMATS, Compute, ModelConfig
 from rredcot_jax.ops import losses, types
 from rredcot_jax.parallel import sharding
-from rredcot_jax.train import train_step
+from rredcot_jax.train import programs, train_step
 
 CONFIG = ModelConfig(vocab_size=29, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24)
 OPTIMIZER = optax.sgd(0.1)
@@ -62,12 +62,11 @@ def plain():
   return log_probs_and_gradient(CONFIG)
 
 
-@pytest.mark.parametrize(
-  "options",
-  [{"log_prob_chunk": 3, "remat": "attention"}, {"log_prob_chunk": 2, "remat": "full"}, {"remat": "none"}],
-)
-def test_chunks_and_remat_change_neither_values_nor_gradients(options):
-  for ours, theirs in zip(jax.tree.leaves(log_probs_and_gradient(with_compute(**options))), jax.tree.leaves(plain())):
+# Seven tokens in chunks of one, in three with one left over, and in two.
+@pytest.mark.parametrize(("remat", "chunk"), [*zip(REMATS, (0, 1, 3, 4), strict=True)])
+def test_chunks_and_remat_change_neither_values_nor_gradients(remat, chunk):
+  config = with_compute(remat=remat, log_prob_chunk=chunk)
+  for ours, theirs in zip(jax.tree.leaves(log_probs_and_gradient(config)), jax.tree.leaves(plain())):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
@@ -95,14 +94,15 @@ def test_whole_logits_never_exist_in_chunks_forward_or_backward():
 
 def test_memory_of_each_remat_policy_falls():
   def temporaries(remat):
-    config = dataclasses.replace(CONFIG, num_layers=8, compute=Compute(remat=remat))
+    config = dataclasses.replace(CONFIG, num_layers=32, compute=Compute(remat=remat))  # Enough to outweigh one layer.
     abstract = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
     mask = np.ones((4, 64), bool)
     total = lambda params: jnp.sum(decoder.forward(params, config, mask.astype(np.int32), mask)[0])
     return jax.jit(jax.grad(total)).lower(abstract).compile().memory_analysis().temp_size_in_bytes
 
-  kept = {remat: temporaries(remat) for remat in ("none", "dots", "attention")}
-  assert kept["none"] > kept["dots"] > kept["attention"], kept
+  kept = [temporaries(remat) for remat in programs.REMATS_BY_COST]
+  assert set(programs.REMATS_BY_COST) == set(REMATS)
+  assert kept == sorted(set(kept), reverse=True), dict(zip(programs.REMATS_BY_COST, kept))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
