@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import FAMILIES, LLAMA, params_of, plain
 
 from rredcot_jax.model import attention, decoder
+from rredcot_jax.model.config import Compute
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,6 +65,123 @@ def test_merged_attention_is_one_softmax():
   alone, lse = attend(slice(4, 7))
   nothing = attention.merge(jnp.zeros((3, 5)), jnp.full(3, -jnp.inf), jnp.asarray(alone), jnp.asarray(lse))
   np.testing.assert_allclose(nothing, alone, atol=1e-6)
+
+
+def branches(seed=0, b=2, m=3, s=4, h=6, kv=2, d=8, c=37):
+  """Random queries, keys and values of branches and of their prefixes, whose masks are empty, whole, cut and holed."""
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  own = normal(b, m, s, h, d), normal(b, m, s, kv, d), normal(b, m, s, kv, d)
+  mask = np.arange(c) < np.array([[0, 1, 20], [37, 13, 30]])[..., None]
+  mask[1, 2, :12] = False
+  return (*own, normal(b, kv, c, d), normal(b, kv, c, d), mask)
+
+
+def one_softmax(query, key, value, prefix_key, prefix_value, prefix_mask):
+  """`attend_with_prefix` in float64, query by query over the keys that it sees."""
+  b, m, s, h, d = query.shape
+  group = h // key.shape[3]
+  out = np.zeros(query.shape)
+  for i, j, t, head in np.ndindex(b, m, s, h):
+    seen = prefix_mask[i, j]
+    keys = np.concatenate([prefix_key[i, head // group][seen], key[i, j, : t + 1, head // group]])
+    values = np.concatenate([prefix_value[i, head // group][seen], value[i, j, : t + 1, head // group]])
+    scores = keys.astype(np.float64) @ query[i, j, t, head] / np.sqrt(d)
+    weights = np.exp(scores - scores.max())
+    out[i, j, t, head] = weights @ values / weights.sum()
+  return out
+
+
+@pytest.mark.parametrize("block", [8, 2048])
+def test_branches_attend_as_if_run_after_their_prefix(block, monkeypatch):
+  monkeypatch.setattr(attention, "_PREFIX_BLOCK", block)
+  query, key, value, *prefix = branches()
+  expected = one_softmax(query, key, value, *prefix)
+  np.testing.assert_allclose(attention.attend_with_prefix(query, key, value, *prefix), expected, atol=5e-6)
+  np.testing.assert_allclose(jax.jit(attention.attend_with_prefix)(query, key, value, *prefix), expected, atol=5e-6)
+  # The last token of each branch alone, its own keys in a cache in another order.
+  by_branch = lambda x: np.moveaxis(x, 3, 2).reshape(6, 2, 4, 8)[:, :, [3, 0, 2, 1]]
+  one = attention.attend_branches(query[:, :, -1], by_branch(key), by_branch(value), np.ones((6, 4), bool), *prefix)
+  np.testing.assert_allclose(one, expected[:, :, -1], atol=5e-6)
+  # Columns that are not a branch's own count nothing.
+  older = attention.attend_branches(
+    query[:, :, 2], by_branch(key), by_branch(value), np.tile([False, True, True, True], (6, 1)), *prefix
+  )
+  np.testing.assert_allclose(older, expected[:, :, 2], atol=5e-6)
+
+
+@pytest.mark.parametrize("block", [64, 2048])
+def test_sixteen_bits_merge_by_a_log_sum_exp_of_thirty_two(block, monkeypatch):
+  """Every score is 100, so the result is (prefix - own) / (prefix + own) columns; the sums are 104.5 and the like."""
+  monkeypatch.setattr(attention, "_PREFIX_BLOCK", block)
+  c, s, d = 200, 90, 4
+  ones = lambda *shape: jnp.ones(shape, jnp.bfloat16)
+  query, mask = 200 * ones(1, 1, s, 1, d) / d, np.ones((1, 1, c), bool)
+  prefix = ones(1, 1, c, d), ones(1, 1, c, d), mask
+  out = attention.attend_with_prefix(query, ones(1, 1, s, 1, d), -ones(1, 1, s, 1, d), *prefix)
+  assert out.dtype == jnp.bfloat16
+  expected = (c - np.arange(1, s + 1)) / (c + np.arange(1, s + 1))
+  np.testing.assert_allclose(out[0, 0, :, 0, 0].astype(np.float32), expected, rtol=2**-8)
+  one = attention.attend_branches(query[:, :, -1], ones(1, 1, s, d), -ones(1, 1, s, d), np.ones((1, s), bool), *prefix)
+  assert one.dtype == jnp.bfloat16
+  np.testing.assert_allclose(one[0, 0, 0].astype(np.float32), expected[-1], rtol=2**-8)
+
+
+# Padding on either side, a hole in the middle, nothing real at all.
+COLUMNS = np.arange(20)
+MASKS = np.stack([COLUMNS >= 7, COLUMNS < 13, np.isin(COLUMNS, [2, 3, 9, 10, 17]), COLUMNS < 0])
+
+
+def sequences(dtype=jnp.float32):
+  rng = np.random.default_rng(5)
+  return tuple(jnp.asarray(rng.normal(size=(4, 20, h, 8)), dtype) for h in (4, 2, 2))
+
+
+def test_what_cudnn_is_given_is_the_attention_of_our_blocks(monkeypatch):
+  """The library's own XLA stands in for the kernel: tested is how the kernel is called, not the GPU."""
+  library = jax.nn.dot_product_attention
+  given = []
+
+  def stand_in(*args, implementation, **options):
+    given.append(implementation)
+    out = library(*args, implementation="xla", **options)
+    behind = jnp.arange(20)[None] >= options["query_seq_lengths"][:, None]
+    return jnp.where(behind[..., None, None], jnp.nan, out)  # The kernel leaves there what it likes.
+
+  def attended(kind):
+    total = lambda qkv: jnp.sum(jnp.sin(jnp.where(MASKS[..., None, None], attention.attend(*qkv, MASKS, kind), 0)))
+    return attention.attend(*sequences(), MASKS, kind), jax.grad(total)(sequences())
+
+  expected, expected_gradient = attended("blocks")
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  out, gradient = attended("cudnn")
+  assert set(given) == {"cudnn"}
+  np.testing.assert_allclose(out[MASKS], expected[MASKS], atol=1e-5)
+  np.testing.assert_array_equal(out[~MASKS], 0)
+  for got, wanted in zip(gradient, expected_gradient):
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_cudnn_takes_what_a_training_step_gives_it(monkeypatch):
+  """Compiled for a GPU that is not there, as far as JAX goes: its checks of shapes, types and masks pass."""
+  fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+  monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(attention.sharding, "platform", lambda: "gpu")
+
+  def lowered(**changes):
+    config = dataclasses.replace(LLAMA, **{"head_dim": 8, "compute": Compute(dtype="bfloat16", remat="none")} | changes)
+
+    def total(params):
+      hidden, _ = decoder.forward(params, config, np.ones((4, 20), np.int32), MASKS)
+      return jnp.sum(jnp.square(hidden.astype(jnp.float32)), where=MASKS[..., None])
+
+    return jax.jit(jax.grad(total)).trace(params_of(config)).lower(lowering_platforms=("cuda",)).as_text()
+
+  program = lowered()
+  assert "__cudnn$fmhaSoftmaxBackward" in program and "PADDING_CAUSAL" in program
+  assert "fmhaScaleBias" not in program  # No mask of S by S.
+  for unknown in ({"head_dim": 6}, {"head_dim": 192}, {"compute": Compute()}):
+    assert "cudnn" not in lowered(**unknown)  # Our blocks do what the kernel does not have.
 
 
 @pytest.mark.parametrize(

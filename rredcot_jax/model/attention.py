@@ -1,11 +1,11 @@
 """Attention over a trace, over a cache, and over a branch that shares its trace.
 
-What is ours is the merge of two attention results by their log-sum-exp, which
-lets a branch attend to the keys of a trace that was run once and to its own
-keys in two calls (`jax.nn.dot_product_attention`), as if it had been run after
-that trace. Whole sequences and single tokens are written out because the
-library's order of the same products is 2.5 and 4 times slower on CPU. On TPUs whole
-sequences go to JAX's Pallas kernel ("splash"), on GPUs to cuDNN's.
+A branch attends to the keys of a trace that was run once, and to its own keys, in two calls. The two
+results are merged by their log-sum-exp, as if the branch had been run after that trace. These calls are
+written out because `jax.nn.dot_product_attention` rounds the log-sum-exp to the type of the keys. In
+bfloat16 that is 3 digits, and a merge of weights e^l is then wrong by a tenth. Whole sequences and
+single tokens are written out because the library's order of the same products is 2.5 and 4 times slower
+on CPU. On TPUs whole sequences go to JAX's Pallas kernel ("splash"), on GPUs to cuDNN's.
 """
 
 import math
@@ -24,6 +24,7 @@ _QUERY_BLOCK = 128
 _MAX_BLOCKS = 16  # Each is compiled on its own.
 _PREFIX_BLOCK = 2048  # Columns of a long prefix that branches look at together.
 _KERNEL_BLOCK = 512  # Queries and keys of a step of the Pallas kernel; a multiple of 128.
+_CUDNN_HEAD_DIM = 128  # The most that all GPUs since Ampere have.
 _MASKED = -1e30  # A logit that is not looked at; finite, so that a row of nothing else has no NaN.
 
 
@@ -108,31 +109,26 @@ def attend(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Arr
 
   Returns:
     [B, S, H, D].
+
+  Raises:
+    NotImplementedError: by "cudnn", of float32 or a head dimension that its kernel does not have.
   """
   query, key, value = (sharding.constrain(x, "rows", None, "gathered_heads", None) for x in (query, key, value))
   if kind == "auto":
     kind = {"tpu": "splash", "gpu": "cudnn"}.get(sharding.platform(), "blocks")
-    if kind == "cudnn" and query.dtype == jnp.float32:
-      kind = "blocks"  # cuDNN's kernel has 16 bits only.
+    if kind == "cudnn" and (query.dtype == jnp.float32 or query.shape[-1] % 8 or query.shape[-1] > _CUDNN_HEAD_DIM):
+      kind = "blocks"  # cuDNN's kernel has 16 bits and these head dimensions only.
   if kind == "splash":
     return _attend_splash(query, key, value, mask)
   if kind == "cudnn":
-    seen = mask[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=seen, is_causal=True, implementation="cudnn")
+    return _attend_cudnn(query, key, value, mask)
   return _attend_blocks(query, key, value, mask)
 
 
 def _attend_splash(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
   """`attend` by JAX's Pallas kernel, padded to whole blocks; padding is a segment of its own."""
-  s, h, d = query.shape[1:]
-  kv, parts = key.shape[2], sharding.parts("gathered_heads")
-  heads: str | None = "gathered_heads"
-  copies = math.lcm(kv, parts) // kv
-  if h % (kv * copies) == 0:
-    # Every device needs the key heads of its query heads: few key heads are repeated.
-    key, value = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (key, value))
-  else:
-    heads = None
+  s, d = query.shape[1], query.shape[3]
+  key, value, heads = _key_heads_of_parts(query, key, value)
   block = min(_KERNEL_BLOCK, -(-s // 128) * 128)
   room = -s % block
   by_head = lambda x: jnp.swapaxes(jnp.pad(x, [(0, 0), (0, room), (0, 0), (0, 0)]), 1, 2)
@@ -162,6 +158,45 @@ def _attend_splash(query: chex.Array, key: chex.Array, value: chex.Array, mask: 
     split,
   )
   return jnp.swapaxes(out, 1, 2)[:, :s]
+
+
+def _key_heads_of_parts(
+  query: chex.Array, key: chex.Array, value: chex.Array
+) -> tuple[chex.Array, chex.Array, str | None]:
+  """Keys and values for a kernel that runs on each device's heads, and what the dimension of the heads is split by.
+
+  Every device needs the key heads of its query heads, so few key heads are repeated.
+  """
+  h, kv = query.shape[2], key.shape[2]
+  copies = math.lcm(kv, sharding.parts("gathered_heads")) // kv
+  if h % (kv * copies):
+    return key, value, None
+  key, value = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (key, value))
+  return key, value, "gathered_heads"
+
+
+def _attend_cudnn(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
+  """`attend` by cuDNN's kernel, which takes the lengths of rows instead of a mask over their keys.
+
+  The real tokens of each row are moved to its start, in their order, and the result back to their
+  places; padding gets 0. A mask would become a bias [B, H, S, S], which the kernel is there to avoid.
+  """
+  key, value, heads = _key_heads_of_parts(query, key, value)
+  split = ("rows", None, heads, None)
+  # A gradient of unique indices needs no atomic sums.
+  take = jax.vmap(lambda x, at: x.at[at].get(unique_indices=True, mode="promise_in_bounds"))
+
+  def attend_part(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
+    order = jnp.argsort(jnp.logical_not(mask), axis=1, stable=True)
+    lengths = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)
+    out = jax.nn.dot_product_attention(
+      take(query, order), take(key, order), take(value, order), is_causal=True, query_seq_lengths=lengths,
+      key_value_seq_lengths=lengths, implementation="cudnn",
+    )  # fmt: skip
+    # What the kernel leaves behind a row's length is not looked at, not even by a gradient.
+    return jnp.where(mask[:, :, None, None], take(out, jnp.argsort(order, axis=1)), 0)
+
+  return sharding.each_part(attend_part, (query, key, value, mask), (split, split, split, ("rows", None)), split)
 
 
 def _attend_blocks(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
@@ -260,35 +295,47 @@ def attend_with_prefix(
     [B, M, S, H, D].
   """
   b, m, s, h, d = query.shape
-  over_prefix, prefix_lse = _attend_prefix(query.reshape(b, m * s, h, d), prefix_key, prefix_value, prefix_mask)
-  flat = lambda x: x.reshape(b * m, s, *x.shape[3:])
-  over_self, self_lse = jax.nn.dot_product_attention(
-    flat(query), flat(key), flat(value), is_causal=True, return_residual=True
-  )
-  prefix_lse = prefix_lse.reshape(b, m, s, h)
-  prefix_lse = jnp.where(jnp.any(prefix_mask, axis=-1)[:, :, None, None], prefix_lse, -jnp.inf)
-  return merge(
-    over_prefix.reshape(b, m, s, h, d),
-    prefix_lse,
-    over_self.reshape(b, m, s, h, d),
-    self_lse.reshape(b, m, s, h),
-  )
+  kv = key.shape[3]
+  grouped = jnp.moveaxis(query.reshape(b, m, s, kv, h // kv, d), 3, 1)  # [B, KV, M, S, H / KV, D].
+  over_prefix, prefix_lse = _attend_prefix(grouped, prefix_key, prefix_value, prefix_mask)
+  causal = jnp.tril(jnp.ones((s, s), bool))[None, None, :, None]
+  flat = lambda x: jnp.moveaxis(x, -2, 2).reshape(b * m, kv, s, d)
+  own = jnp.swapaxes(grouped, 1, 2).reshape(b * m, kv, s, h // kv, d)
+  over_self, self_lse = _attend_keys(own, flat(key), flat(value), causal)
+  by_branch = lambda x: jnp.swapaxes(x.reshape(b, m, kv, *x.shape[2:]), 1, 2)
+  mixed = merge(over_prefix, prefix_lse, by_branch(over_self), by_branch(self_lse))
+  return jnp.moveaxis(mixed, 1, 3).reshape(query.shape).astype(query.dtype)
+
+
+def _attend_keys(
+  query: chex.Array, key: chex.Array, value: chex.Array, seen: chex.Array
+) -> tuple[chex.Array, chex.Array]:
+  """[N, KV, Q.., G, D] queries over [N, KV, C, D] keys where `seen`, which broadcasts to [N, KV, Q.., G, C].
+
+  Returns:
+    [N, KV, Q.., G, D] results and [N, KV, Q.., G] log-sum-exp, float32 both. A query that sees nothing
+    gives finite garbage of log-sum-exp `_MASKED` or so, which no merge looks at.
+  """
+  n, kv, *_, d = query.shape
+  flat = query.reshape(n, kv, -1, d)
+  scores = jnp.einsum("nkqd,nkcd->nkqc", flat, key, preferred_element_type=jnp.float32) * d**-0.5
+  scores = jnp.where(seen, scores.reshape(*query.shape[:-1], -1), _MASKED)
+  highest = jnp.max(scores, axis=-1)
+  weights = jnp.exp(scores - highest[..., None])
+  total = jnp.sum(weights, axis=-1)
+  weights = weights.astype(value.dtype).reshape(n, kv, flat.shape[2], -1)
+  out = jnp.einsum("nkqc,nkcd->nkqd", weights, value, preferred_element_type=jnp.float32)
+  return out.reshape(query.shape) / total[..., None], highest + jnp.log(total)
 
 
 def _attend_prefix(
   query: chex.Array, prefix_key: chex.Array, prefix_value: chex.Array, prefix_mask: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
-  """[B, M S, H, D] queries over the [B, KV, C, D] keys of `prefix_mask` [B, M, C]; and the log-sum-exp [B, M S, H]."""
-  b, m, c = prefix_mask.shape
-
-  def attend_block(key: chex.Array, value: chex.Array, mask: chex.Array) -> tuple[chex.Array, chex.Array]:
-    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    columns = mask.shape[2]
-    mask = jnp.broadcast_to(mask[:, :, None], (b, m, query.shape[1] // m, columns)).reshape(b, 1, -1, columns)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, return_residual=True)
-
+  """`_attend_keys` of branch queries [B, KV, M, S, G, D] over a prefix [B, KV, C, D] where `prefix_mask` [B, M, C]."""
+  c = prefix_mask.shape[2]
+  by_query = lambda mask: mask[:, None, :, None, None]
   if c <= _PREFIX_BLOCK:
-    return attend_block(prefix_key, prefix_value, prefix_mask)
+    return _attend_keys(query, prefix_key, prefix_value, by_query(prefix_mask))
 
   # A block has columns of every part that a mesh splits them into: their order does not matter.
   parts = sharding.parts("tokens")
@@ -301,15 +348,11 @@ def _attend_prefix(
   def add_block(carry: tuple[chex.Array, chex.Array], block: tuple[chex.Array, ...]) -> Any:
     key, value, mask = block
     together = lambda x, axis: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    mask = together(mask, 2)
-    out, lse = attend_block(together(key, 2), together(value, 2), mask)
-    some = jnp.repeat(jnp.any(mask, axis=-1), query.shape[1] // m, axis=1)[..., None]
-    lse = jnp.where(some, lse.astype(jnp.float32), _MASKED)
-    return (merge(carry[0], carry[1], out.astype(jnp.float32), lse), jnp.logaddexp(carry[1], lse)), None
+    out, lse = _attend_keys(query, together(key, 2), together(value, 2), by_query(together(mask, 2)))
+    return (merge(carry[0], carry[1], out, lse), jnp.logaddexp(carry[1], lse)), None
 
-  start = (jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], _MASKED))
-  (out, lse), _ = jax.lax.scan(add_block, start, blocks)
-  return out.astype(query.dtype), lse
+  start = (jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:-1], _MASKED))
+  return jax.lax.scan(add_block, start, blocks)[0]
 
 
 def attend_branches(
@@ -342,21 +385,21 @@ def attend_branches(
   seen = jnp.repeat(jnp.swapaxes(prefix_mask, 1, 2), h // kv, axis=2)
   over_prefix, prefix_lse = _attend_cache(grouped, prefix_key, prefix_value, seen[:, None])
   by_branch = lambda x: jnp.moveaxis(x.reshape(b, kv, m, h // kv, *x.shape[3:]), 2, 1).reshape(b, m, h, *x.shape[3:])
-  return merge(by_branch(over_prefix), by_branch(prefix_lse), over_self.reshape(b, m, h, d), self_lse.reshape(b, m, h))
+  mixed = merge(by_branch(over_prefix), by_branch(prefix_lse), over_self.reshape(b, m, h, d), self_lse.reshape(b, m, h))
+  return mixed.astype(query.dtype)
 
 
 def _attend_cache(
   query: chex.Array, key: chex.Array, value: chex.Array, seen: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
-  """[B, KV, Q, D] queries over [B, KV, C, D] keys where `seen`, which broadcasts to [B, KV, C, Q]; and the log-sum-exp.
-
-  A query that sees nothing gives finite garbage of log-sum-exp `_MASKED` or so, which no merge looks at.
-  """
+  """`_attend_keys` of few queries [B, KV, Q, D], with the keys as the left side: `seen` broadcasts to [B, KV, C, Q]."""
   scores = jnp.einsum("bkcd,bkqd->bkcq", key, query, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
   scores = jnp.where(seen, scores, _MASKED)
-  lse = jax.nn.logsumexp(scores, axis=2)
-  weights = jnp.exp(scores - lse[:, :, None]).astype(value.dtype)
-  return jnp.einsum("bkcq,bkcd->bkqd", weights, value), lse
+  highest = jnp.max(scores, axis=2)
+  weights = jnp.exp(scores - highest[:, :, None])
+  total = jnp.sum(weights, axis=2)
+  out = jnp.einsum("bkcq,bkcd->bkqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+  return out / total[..., None], highest + jnp.log(total)
 
 
 def merge(out_a: chex.Array, lse_a: chex.Array, out_b: chex.Array, lse_b: chex.Array) -> chex.Array:
@@ -364,10 +407,10 @@ def merge(out_a: chex.Array, lse_a: chex.Array, out_b: chex.Array, lse_b: chex.A
 
   Args:
     out_a, out_b: [..., H, D] results.
-    lse_a, lse_b: [..., H] log-sum-exp of each part's logits; at most one is -inf.
+    lse_a, lse_b: [..., H] float32, log-sum-exp of each part's logits; at most one is -inf.
 
   Returns:
     [..., H, D] (e^lse_a out_a + e^lse_b out_b) / (e^lse_a + e^lse_b).
   """
-  weight_a = jax.nn.sigmoid(lse_a.astype(jnp.float32) - lse_b.astype(jnp.float32))[..., None]
-  return (weight_a * out_a + (1 - weight_a) * out_b).astype(out_a.dtype)
+  weight_a = jax.nn.sigmoid(lse_a - lse_b)[..., None]
+  return weight_a * out_a + (1 - weight_a) * out_b
