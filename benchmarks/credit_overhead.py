@@ -15,23 +15,22 @@ ratio of token-forwards that explains it: a GRPO step runs every prompt and
 trace token once to sample and three times (forward, and backward as two) to
 update; a bank adds its branch tokens once.
 
-The last line is {"overhead": {bank: ratio}, "token_forwards": {bank: ratio}, "trace_tokens": mean}.
+The last line is {"overhead": {bank: ratio}, "token_forwards": {bank: ratio}, "trace_tokens": mean, "machine": ..}.
 """
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any
 
 import jax
+import machine
 import numpy as np
 
-from rredcot_jax.credit import rules
 from rredcot_jax.credit.source import Batch
 from rredcot_jax.data import batching, judging
-from rredcot_jax.ops import banks
+from rredcot_jax.ops import banks, composition
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train import launch, loop, train_step
 from rredcot_jax.train.experiment import Experiment
@@ -88,7 +87,7 @@ class Step:
       )
     else:
       assigned = experiment.assigner.uniform(rollout.mask, returns)
-    zero_variance = np.asarray(rules.zero_variance(returns, experiment.rule))
+    zero_variance = np.asarray(composition.zero_variance(returns, group_size=group))
     batch = loop.train_batch(config, mesh, rollout, assigned.advantages, zero_variance)
     jax.block_until_ready(experiment.update_steps.update(state, batch))
     seconds = time.perf_counter() - began
@@ -129,7 +128,7 @@ def main() -> None:
       f"token-forwards over GRPO {forwards[bank]:.3f}"
     )
   print(f"mean trace {trace_tokens} tokens")
-  print(json.dumps({"overhead": overhead, "token_forwards": forwards, "trace_tokens": trace_tokens}))
+  machine.report({"overhead": overhead, "token_forwards": forwards, "trace_tokens": trace_tokens})
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from rredcot_jax.train.config import default_config, options_of
 METHODS = ("rredcot", "grpo")
 
 # Tokens of the longest completion: </think> digit <eos>, and eight lines of six tokens before them.
-_COMPLETION_TOKENS = {"answer": 3, "solution": 51, "suffix": 51, "rollouts": 56}
+_COMPLETION_TOKENS = {"answer": 3, "solution": 51, "solutions": 51, "suffix": 51, "rollouts": 56, "own": 56}
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
-  """Options: method (rredcot, grpo), bank (suffix, answer, solution, rollouts)."""
+  """Options: method (rredcot, grpo), bank (suffix, answer, solution, solutions, rollouts, own)."""
   banks = ("suffix", *(bank for bank in BANKS if bank != "suffix"))
   options = options_of(arg, {"method": METHODS, "bank": banks})
   config = default_config()

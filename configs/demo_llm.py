@@ -46,7 +46,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
     config.credit.mode = "difference"
     config.credit.bank = options["bank"]
     # No solution that is imitated leaves the thought early: what the answer's bank scores is an answer after leaving.
-    config.credit.force_exit = options["bank"] == "answer"
+    config.credit.scored = "body" if options["bank"] == "answer" else "all"
     config.credit.max_completion_tokens = 12 if options["bank"] == "answer" else 50
   config.evaluation.every = 25
   config.evaluation.num_prompts = 128

@@ -85,7 +85,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
       # After </think> the model would rather write a summary and a box: the likelihood of a bare reference is tiny, and
       # the step from it to R would give a correct trace's credit to its last segment. A mean over tokens is not tiny.
       config.credit.form = "length_normalised"
-    config.credit.force_exit = True
+    config.credit.scored = "all" if options["bank"] == "rollouts" else "body"  # The log q of rollouts is of all tokens.
     config.credit.max_completion_tokens = 64 if options["bank"] == "answer" else 2048
     config.credit.chunk_size = 8 if options["bank"] == "answer" else 1
   config.evaluation.task.name = f"dataset/{options['eval']}"

@@ -57,7 +57,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
     config.credit.bank = options["bank"]
     config.credit.fallback = "solution"
     # No solution that is imitated leaves the thought early: what the answer's bank scores is an answer after leaving.
-    config.credit.force_exit = options["bank"] == "answer"
+    config.credit.scored = "body" if options["bank"] == "answer" else "all"
     config.credit.max_completion_tokens = 24 if options["bank"] == "answer" else 320
     config.credit.chunk_size = 0 if options["bank"] == "answer" else 4
   config.evaluation.every = 50

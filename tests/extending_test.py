@@ -90,8 +90,9 @@ def test_the_source_gives_the_last_segment_its_strength_and_nothing_to_the_other
   assert rewards[rows, last] == pytest.approx(0.5 * batch.returns)
   rewards[rows, last] = 0
   assert not rewards.any()
-  cuts = np.asarray(batch.segments.starts)[np.asarray(batch.segments.mask)]
-  assert not (cuts % 10).any() and (cuts > 0).any()
+  exits = np.asarray(batch.segments.thought_end)[:, None]
+  cuts = np.asarray(batch.segments.starts)
+  assert ((cuts % 10 == 0) | (cuts == exits))[np.asarray(batch.segments.mask)].all() and (cuts > 0).any()
 
 
 def test_a_corpus_is_read_by_its_field_names_and_judged_by_the_users_verifier():
@@ -114,6 +115,20 @@ def test_a_value_form_changes_the_values_as_it_says():
   exists = plain > 0
   assert exists.any()
   np.testing.assert_allclose(rooted[exists], np.sqrt(plain[exists]), rtol=1e-4)
+
+
+def test_a_bank_gives_each_state_its_completions():
+  config = config_with("A task", "A bank")
+  config.credit.mode = "difference"
+  experiment = Experiment(config)
+  batch = sampled(experiment)
+  bank = experiment.setting.make_bank(batch).completions
+  expected = [experiment.codec.answer_ids(example) for example in batch.examples]
+  exists = np.asarray(batch.segments.mask)
+  assert (bank.valid[..., 0] == exists).all()
+  for row, ids in enumerate(expected):
+    assert bank.tokens[row, 0, 0, : len(ids)].tolist() == ids
+  assert np.isfinite(np.asarray(experiment.assigner(batch).advantages)).all()
 
 
 def sampled(experiment: Experiment) -> Batch:

@@ -29,6 +29,7 @@ def bank_values(
   rollout: types.Rollout,
   segments: types.Segments,
   bank: types.Completions,
+  returns: chex.Array,
   *,
   temperature: float,
   form: str,
@@ -39,6 +40,7 @@ def bank_values(
   Args:
     params, model, cache: the policy that sampled, and the traces' keys and values.
     rollout, segments, bank: fields [B, ...].
+    returns: [B] float32: a state after the exit without a completion is decided, and has its trace's return.
     temperature: that the traces were sampled at.
     form: see `values.estimate_values`.
     chunk_size: branches of a trace scored at once; None is all.
@@ -51,7 +53,9 @@ def bank_values(
   )
   lengths = jnp.sum(bank.scored, axis=-1)
   estimate = jax.vmap(functools.partial(values.estimate_values, form=form))
-  return estimate(log_p, bank.utilities, bank.log_q, bank.valid, lengths)
+  estimated, sizes = estimate(log_p, bank.utilities, bank.log_q, bank.valid, lengths)
+  decided = jnp.logical_and(segments.after_exit, jnp.logical_not(jnp.any(bank.valid, axis=-1)))
+  return jnp.where(decided, returns[:, None], estimated), jnp.where(decided, 1.0, sizes)
 
 
 class Likelihood(source.Source):
@@ -82,18 +86,20 @@ class Likelihood(source.Source):
     rollout: types.Rollout,
     segments: types.Segments,
     bank: types.Completions,
+    returns: chex.Array,
   ) -> tuple[chex.Array, chex.Array]:
     setting = self.setting
     return bank_values(
-      params, setting.model, cache, rollout, segments, bank, temperature=setting.temperature, form=setting.bank.form,
-      chunk_size=setting.chunk_size,
+      params, setting.model, cache, rollout, segments, bank, returns, temperature=setting.temperature,
+      form=setting.bank.form, chunk_size=setting.chunk_size,
     )  # fmt: skip
 
   def assign(self, batch: source.Batch) -> source.Found:
     """See `Source.assign`."""
     bank = self.setting.make_bank(batch)
-    completions, uniform_rows = self.setting.put((bank.completions, bank.uniform_rows))
-    estimated, sizes = self._estimate(batch.params, batch.cache, batch.rollout, batch.segments, completions)
+    placed = (bank.completions, bank.uniform_rows, batch.returns[batch.rows])
+    completions, uniform_rows, returns = self.setting.put(placed)
+    estimated, sizes = self._estimate(batch.params, batch.cache, batch.rollout, batch.segments, completions, returns)
     batch_size, states = batch.segments.ends.shape
     _, _, n, s = completions.tokens.shape
     return source.Found(
@@ -107,4 +113,5 @@ class Likelihood(source.Source):
   def count_flops(self, batch: source.Batch) -> float:
     """See `Source.count_flops`."""
     completions = self.setting.make_bank(batch).completions
-    return flops.count(self._values, batch.params, batch.cache, batch.rollout, batch.segments, completions)
+    traces = (batch.cache, batch.rollout, batch.segments)
+    return flops.count(self._values, batch.params, *traces, completions, batch.returns)

@@ -35,7 +35,7 @@ class BankOptions:
   name: str = "answer"  # banks.BANKS, or "package.module:function".
   max_tokens: int = 64  # Room for a completion; longer ones are left out, and counted.
   form: str = "plain"  # values.FORMS, or "package.module:function".
-  force_exit: bool = False  # Score completions as if the thought had been left already.
+  scored: str = "all"  # Which tokens count, banks.SCORED; "body" is as if the thought had been left already.
   fallback: str = "uniform"  # For rows whose own bank is empty: banks.FALLBACKS.
   size: int = 4  # Most completions a state, for banks that hold more than the reference.
 
@@ -69,7 +69,7 @@ class Setting:
     return banks.make_bank(
       self.bank.name, references, batch.rollout_here, batch.segments_here, batch.returns[batch.rows],
       self.codec.tables.newlines, group_size=self.group_size, bank_size=self.bank.size,
-      max_tokens=self.bank.max_tokens, force_exit=self.bank.force_exit, fallback=self.bank.fallback,
+      max_tokens=self.bank.max_tokens, scored=self.bank.scored, fallback=self.bank.fallback,
       with_failures=self.bank.form == "self_normalised",
     )  # fmt: skip
 

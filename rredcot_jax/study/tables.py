@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rredcot_jax.credit import rules
-from rredcot_jax.ops import advantages
+from rredcot_jax.credit.assigner import Rule, uniform_advantages
+from rredcot_jax.ops import advantages, composition
 from rredcot_jax.report import statistics
 from rredcot_jax.study import agreement, gradients, ground_truth
 from rredcot_jax.study.estimators import Estimate, Estimators, Traces
@@ -244,18 +244,18 @@ def token_advantages(spec: str, estimates: Mapping[str, Estimate], traces: Trace
   """
   method, _, mode = spec.partition(":")
   unscaled = mode == "unscaled"
-  rule = rules.Rule(group_size, baseline="rloo" if unscaled else "mean", scale="none" if unscaled else "std")
+  rule = Rule(group_size, baseline="rloo" if unscaled else "mean", advantage_scale="none" if unscaled else "std")
   returns = jnp.asarray(traces.returns)
   if method == "grpo" and mode == "return":
     return jnp.where(traces.rollout.mask, returns[:, None], 0.0)
   if method == "grpo":
-    return rules.uniform_advantages(traces.rollout.mask, returns, rule)
+    return uniform_advantages(traces.rollout.mask, returns, rule=rule)
   rewards = jnp.asarray(estimates[method].rewards)
   if mode == "action_value":
     # v(s_{k+1}) = r_k + v(s_k).
     rewards, mode = rewards + jnp.asarray(estimates[method].values), "difference"
   to_tokens = jax.vmap(lambda r, a, s: advantages.token_advantages(r, a, s, mode=mode))
-  return to_tokens(rewards, rules.group_advantages(returns, rule), traces.segments)
+  return to_tokens(rewards, composition.group_advantages(returns, **rule.of_group), traces.segments)
 
 
 def prompt_moments(

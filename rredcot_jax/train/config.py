@@ -81,7 +81,7 @@ def default_config() -> ConfigDict:
   config.credit.options = ConfigDict()  # Passed to the source's class; a config file may add keys.
   config.credit.bank = "answer"  # banks.BANKS, or "package.module:function".
   config.credit.max_completion_tokens = 56  # Room for a completion; longer ones are left out, and counted.
-  config.credit.force_exit = False  # Score completions as if the thought had been left already.
+  config.credit.scored = "all"  # Which of its tokens count, banks.SCORED; "body" is as if the thought had been left.
   config.credit.fallback = "uniform"  # Where the rollouts bank is empty: "uniform", or a reference bank's name.
   config.credit.form = "plain"  # values.FORMS, or "package.module:function".
   config.credit.initial_value = "baseline"  # redistribution.INITIAL_VALUES

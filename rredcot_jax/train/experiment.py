@@ -15,8 +15,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from rredcot_jax.credit import rules, source
-from rredcot_jax.credit.assigner import Assigner
+from rredcot_jax.credit import source
+from rredcot_jax.credit.assigner import Assigner, Rule
 from rredcot_jax.credit.sources import source_class
 from rredcot_jax.data import tasks
 from rredcot_jax.data.encoding import Codec, Layout
@@ -208,7 +208,7 @@ class Experiment:
     )  # fmt: skip
 
   @functools.cached_property
-  def rule(self) -> rules.Rule:
+  def rule(self) -> Rule:
     """How credit becomes advantages."""
     return credit_rule(self.config)
 
@@ -249,12 +249,12 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
   )
 
 
-def credit_rule(config: ConfigDict) -> rules.Rule:
+def credit_rule(config: ConfigDict) -> Rule:
   """How credit becomes advantages."""
-  return rules.Rule(
+  return Rule(
     group_size=config.rollout.group_size, mode=config.credit.mode, initial_value=config.credit.initial_value,
     state_baseline=config.credit.state_baseline, floor=config.credit.floor, baseline=config.advantages.baseline,
-    scale=config.advantages.scale,
+    advantage_scale=config.advantages.scale,
   )  # fmt: skip
 
 

@@ -17,11 +17,10 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rredcot_jax.credit import rules
 from rredcot_jax.credit.source import Batch
 from rredcot_jax.data import batching, judging, tasks
 from rredcot_jax.data.encoding import Codec
-from rredcot_jax.ops import losses, types
+from rredcot_jax.ops import composition, losses, types
 from rredcot_jax.parallel import processes, sharding
 from rredcot_jax.report import records
 from rredcot_jax.train import checkpoint, evaluation, metrics, trace_records
@@ -146,7 +145,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: processes.StopNoti
     credit_seconds = time.perf_counter() - credit_began
 
     # ---- Credit -> update ------------------------------------------------------------------
-    zero_variance = np.asarray(rules.zero_variance(returns, rule))
+    zero_variance = np.asarray(composition.zero_variance(returns, group_size=group_size))
     batch = train_batch(config, mesh, rollout, assigned.advantages, zero_variance)
     if kl_params is not None:
       batch = dataclasses.replace(batch, reference_log_probs=updates.log_probs(kl_params, batch))

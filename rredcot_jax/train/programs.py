@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rredcot_jax.credit import likelihood, rules
+from rredcot_jax.credit import likelihood
 from rredcot_jax.credit.source import BankOptions
 from rredcot_jax.model import decoder, sampling
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.ops import types
+from rredcot_jax.ops import composition, types
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train import train_step
 from rredcot_jax.train.experiment import Experiment, loss_options
@@ -45,10 +45,12 @@ def programs(experiment: Experiment) -> dict[str, Callable[[], Any]]:
 
   def assign(params: Any, cache: Any, rollout: Any, segments: Any, bank: Any, returns: Any, rows: Any) -> Any:
     estimated, sizes = likelihood.bank_values(
-      params, model, cache, rollout, segments, bank, temperature=config.rollout.temperature, form=config.credit.form,
-      chunk_size=config.credit.chunk_size or None,
+      params, model, cache, rollout, segments, bank, returns, temperature=config.rollout.temperature,
+      form=config.credit.form, chunk_size=config.credit.chunk_size or None,
     )  # fmt: skip
-    return rules.credit_of_values(estimated, sizes, rollout.mask, segments, returns, rows, rule=rule)
+    return composition.credit_from_values(
+      estimated, segments, returns, sample_sizes=sizes, uniform_rows=rows, **rule.of_values
+    )
 
   def score() -> Any:
     rows = jax.ShapeDtypeStruct(returns.shape, bool, sharding=returns.sharding)

@@ -20,7 +20,8 @@ _CHOICES: Mapping[str, tuple[tuple[str, ...], object]] = {
   "segmentation.after_exit": (segmentation.AFTER_EXIT, _WORD),
   "credit.mode": (advantages.MODES, _WORD),
   "credit.bank": (banks.BANKS, _NAMED),
-  "credit.fallback": (banks.FALLBACKS, _WORD),
+  "credit.scored": (banks.SCORED, _WORD),
+  "credit.fallback": (banks.FALLBACKS, _NAMED),
   "credit.form": (values.FORMS, _NAMED),
   "credit.initial_value": (redistribution.INITIAL_VALUES, _WORD),
   "advantages.baseline": (advantages.BASELINES, _WORD),
@@ -122,7 +123,7 @@ def bank_options(config: ConfigDict) -> source_lib.BankOptions:
   """The configured bank."""
   return source_lib.BankOptions(
     name=config.credit.bank, max_tokens=config.credit.max_completion_tokens, form=config.credit.form,
-    force_exit=config.credit.force_exit, fallback=config.credit.fallback,
+    scored=config.credit.scored, fallback=config.credit.fallback,
   )  # fmt: skip
 
 
