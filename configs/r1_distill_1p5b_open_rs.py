@@ -64,6 +64,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.rollout.prompts_per_step = 8
   config.rollout.group_size = 8
   config.rollout.max_prompt_tokens = 1024
+  config.rollout.overlong = "skip"
   config.rollout.max_tokens = 1024
   config.segmentation.method = "hybrid"
   config.segmentation.k_max = 16

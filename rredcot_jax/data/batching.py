@@ -47,7 +47,9 @@ def prompt_arrays(codec: Codec, examples: Sequence[tasks.Example], width: int) -
   return pad(rows, width, side="left", pad_id=codec.pad_id, what="prompt")
 
 
-def prompt_iterator(task: tasks.Task, batch_size: int, seed: int) -> grain.DatasetIterator:
+def prompt_iterator(
+  task: tasks.Task, batch_size: int, seed: int, indices: np.ndarray | None = None
+) -> grain.DatasetIterator:
   """Endless batches of example indices, each epoch shuffled anew.
 
   A step's batch is a function of (task, batch_size, seed) and of the step alone. Every
@@ -59,16 +61,19 @@ def prompt_iterator(task: tasks.Task, batch_size: int, seed: int) -> grain.Datas
     task: what the indices are of.
     batch_size: of all processes together.
     seed: of the shuffling.
+    indices: [N] int, the examples that are dealt; None is all.
 
   Raises:
     ValueError: if the task holds fewer examples than a batch.
   """
-  if len(task) < batch_size:
+  size = len(task) if indices is None else len(indices)
+  if size < batch_size:
     raise ValueError(
-      f"task {task.name!r} yields {len(task)} prompts and a step needs {batch_size}: "
+      f"task {task.name!r} yields {size} prompts and a step needs {batch_size}: "
       "lower rollout.prompts_per_step or enlarge the task."
     )
-  batches = grain.MapDataset.range(len(task)).shuffle(seed=seed).repeat().batch(batch_size)
+  dealt = grain.MapDataset.range(size) if indices is None else grain.MapDataset.source(indices)
+  batches = dealt.shuffle(seed=seed).repeat().batch(batch_size)
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 

@@ -62,7 +62,8 @@ def default_config() -> ConfigDict:
   config.rollout = ConfigDict()
   config.rollout.prompts_per_step = 16
   config.rollout.group_size = 8  # Rollouts a prompt; the group advantage needs at least 2.
-  config.rollout.max_prompt_tokens = 24  # A longer prompt is an error that names it.
+  config.rollout.max_prompt_tokens = 24
+  config.rollout.overlong = "refuse"  # preflight.OVERLONG: what becomes of a task with longer prompts, or "skip" them.
   config.rollout.max_tokens = 56  # Room for a trace; longer ones are truncated.
   config.rollout.temperature = 1.0
   config.rollout.top_k = 0  # 0 is off.

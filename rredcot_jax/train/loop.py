@@ -23,7 +23,7 @@ from rredcot_jax.data.encoding import Codec
 from rredcot_jax.ops import composition, losses, types
 from rredcot_jax.parallel import processes, sharding
 from rredcot_jax.report import records
-from rredcot_jax.train import checkpoint, evaluation, metrics, trace_records
+from rredcot_jax.train import checkpoint, evaluation, metrics, preflight, trace_records
 from rredcot_jax.train.experiment import Experiment
 
 
@@ -44,7 +44,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: processes.StopNoti
   mesh, rollout_mesh = experiment.mesh, experiment.rollout_mesh
   rows = processes.rows_of(rollout_mesh, config.rollout.prompts_per_step * group_size, group_size=group_size)
   policy_key, eval_key, credit_key = jax.random.split(jax.random.key(config.seed), 3)
-  prompts = batching.prompt_iterator(task, config.rollout.prompts_per_step, config.seed)
+  preflight.check_references(task, codec)
+  preflight.check_references(experiment.held_out, codec)
+  usable = preflight.usable_prompts(task, codec, config.rollout.max_prompt_tokens, config.rollout.overlong)
+  prompts = batching.prompt_iterator(task, config.rollout.prompts_per_step, config.seed, usable)
 
   # ---- State on the mesh: the newest checkpoint's, or the start ----------------------------
   saver = checkpoint.Checkpointer(workdir / "checkpoints", on_failure=config.checkpoint.on_failure)

@@ -12,10 +12,12 @@ from rredcot_jax.data.encoding import Layout
 from rredcot_jax.model.config import ATTENTIONS, DTYPES, REMATS
 from rredcot_jax.ops import advantages, banks, losses, redistribution, segmentation, values
 from rredcot_jax.ops.names import check_option, resolve
+from rredcot_jax.train import preflight
 
 _WORD, _NAMED = object(), object()  # A built-in name alone, or also "package.module:name".
 
 _CHOICES: Mapping[str, tuple[tuple[str, ...], object]] = {
+  "rollout.overlong": (preflight.OVERLONG, _WORD),
   "segmentation.method": (segmentation.METHODS, _NAMED),
   "segmentation.after_exit": (segmentation.AFTER_EXIT, _WORD),
   "credit.mode": (advantages.MODES, _WORD),

@@ -1,0 +1,75 @@
+"""What is checked of a task and a tokenizer together, before a run writes or samples anything."""
+
+import numpy as np
+from absl import logging
+
+from rredcot_jax.data.encoding import Codec
+from rredcot_jax.data.tasks import Task
+
+OVERLONG = ("refuse", "skip")
+
+_REFERENCES = 8  # Examples whose references are judged.
+_ALL_PROMPTS, _SAMPLED_PROMPTS = 20_000, 2_000  # Of a task of more than the first, only the second are measured.
+_SHOWN = 200  # Characters of a text in an error.
+
+
+def check_references(task: Task, codec: Codec) -> None:
+  """Judges what the banks score and what a warm start imitates: written in ids and decoded, it must earn 1.
+
+  A tokenizer that does not write the exit as the verifier reads it would train on rewards of 0.
+
+  Args:
+    task: its first examples are asked. One whose answer is "" has no reference.
+    codec: the model's.
+
+  Raises:
+    ValueError: naming the example, the decoded text and its reward.
+  """
+  for index in range(min(_REFERENCES, len(task))):
+    example = task[index]
+    if not example.answer:
+      continue
+    thought = [token for step in codec.solution_ids(example) for token in step]
+    text = codec.response([*thought, *codec.exit_ids, *codec.answer_ids(example)])
+    reward = task.reward(example, text)
+    if reward != 1.0:
+      raise ValueError(
+        f"example {index} of task {task.name!r}: its reference, encoded and decoded again, earns {reward} and not 1. "
+        f"It reads {text[-_SHOWN:]!r} and the answer is {example.answer[:_SHOWN]!r}. Check response.exit, "
+        "response.answer, the task's verifier, and whether the tokenizer is the model's."
+      )
+
+
+def usable_prompts(task: Task, codec: Codec, width: int, overlong: str) -> np.ndarray | None:
+  """Which examples have a prompt of at most `width` tokens.
+
+  Args:
+    task: of more than 20,000 examples, 2,000 are measured, spread evenly, unless the others are to be skipped.
+    codec: the model's.
+    width: `rollout.max_prompt_tokens`.
+    overlong: one of `OVERLONG`: "refuse" raises if there is a longer one, "skip" leaves it out, counted.
+
+  Returns:
+    [N] int, the indices that fit, or None where all do.
+
+  Raises:
+    ValueError: naming the longest prompt that does not fit and how many there are, or that none fits.
+  """
+  total = len(task)
+  count = total if overlong == "skip" or total <= _ALL_PROMPTS else _SAMPLED_PROMPTS
+  measured = np.unique(np.linspace(0, total - 1, count).astype(int))
+  lengths = np.array([len(codec.prompt_ids(task[int(index)])) for index in measured])
+  too_long = measured[lengths > width]
+  if not len(too_long):
+    return None
+  longest = int(measured[int(lengths.argmax())])
+  found = (
+    f"{len(too_long)} of {len(measured)} prompts of task {task.name!r} have more than rollout.max_prompt_tokens="
+    f"{width} tokens; the longest has {lengths.max()}, example {longest}: {task[longest].question[:_SHOWN]!r}"
+  )
+  if overlong == "refuse":
+    raise ValueError(f"{found}. Raise the limit, or set rollout.overlong='skip' to leave such prompts out.")
+  if len(too_long) == total:
+    raise ValueError(f"{found}: none is left. Raise the limit.")
+  logging.warning("%s. They are left out.", found)
+  return np.setdiff1d(measured, too_long)
