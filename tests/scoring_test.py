@@ -167,7 +167,9 @@ def test_the_samplers_cache_serves_as_well_as_a_forward_pass():
   lengths = sampled.mask.sum(axis=1)
   ends = jnp.minimum(jnp.array([[2, 4, 6, 9, 14]] * B), lengths[:, None]).astype(jnp.int32)
   num = jnp.sum(jnp.concatenate([jnp.ones((B, 1), bool), ends[:, :-1] < lengths[:, None]], axis=1), axis=1)
-  segments = types.Segments(ends=ends, segment_ids=sampled.tokens, num_segments=num, num_merged=num)
+  ids = jnp.sum(jnp.arange(T)[None, :, None] >= ends[:, None], axis=-1, dtype=jnp.int32)
+  ids = jnp.where(sampled.mask, ids, -1)
+  segments = types.Segments(ends=ends, segment_ids=ids, num_segments=num, num_merged=num)
   ours = scoring.score_with_cache(params, CONFIG, cache, sampled, segments, completions, temperature=TEMPERATURE)
   np.testing.assert_allclose(ours, generic(sampled, segments, completions), atol=1e-4)
 

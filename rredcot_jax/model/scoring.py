@@ -15,7 +15,6 @@ Nothing here carries a gradient: values belong to the policy that sampled.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -25,9 +24,8 @@ from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.ops import types
 from rredcot_jax.ops.masked import masked_sum
+from rredcot_jax.ops.scoring import score_generic as score_generic
 from rredcot_jax.parallel import sharding
-
-ApplyFn = Callable[[Any, chex.Array, chex.Array, chex.Array], chex.Array]
 
 
 def trace_log_probs(
@@ -141,65 +139,6 @@ def score_with_cache(
   log_p = _map_chunks(score_chunk, branches, chunk_size)
   log_p = jnp.moveaxis(log_p, 0, 1).reshape(batch, k_max, n)
   exists = jnp.logical_and(completions.valid.reshape(batch, k_max, n), segments.mask[:, :, None])
-  return jax.lax.stop_gradient(jnp.where(exists, log_p, 0.0))
-
-
-def score_generic(
-  apply: ApplyFn,
-  params: Any,
-  rollout: types.Rollout,
-  segments: types.Segments,
-  completions: types.Completions,
-  *,
-  temperature: float,
-) -> chex.Array:
-  """The same log-probabilities from any model, every prefix run again.
-
-  For models without our decoder's cache, and the reference that the fast path
-  is tested against. Costs K N (P + T + S) token-forwards a row.
-
-  Args:
-    apply: (params, tokens [M, C], positions [M, C], mask [M, C]) -> logits [M, C, V].
-    params: passed on to `apply`.
-    rollout, segments, completions, temperature: see `score_with_cache`.
-
-  Returns:
-    [B, K, N] float32 in nats; 0 where the state or the completion does not exist.
-  """
-  k_max = segments.ends.shape[1]
-  _, _, n, s = completions.tokens.shape
-  width = rollout.prompt_tokens.shape[1]
-
-  def score_state(rows: tuple) -> chex.Array:
-    rollout, starts, bank = rows
-    prefix = jnp.concatenate([rollout.prompt_tokens, rollout.tokens])
-    prefix_mask = jnp.concatenate([rollout.prompt_mask, rollout.mask])
-    column = jnp.arange(prefix.shape[0] + s)
-    cut = width + starts
-    # Columns [0, cut) are the prefix, [cut, cut + s) the completion, the rest padding.
-    from_prefix = jnp.minimum(column, prefix.shape[0] - 1)
-    from_bank = jnp.clip(column - cut, 0, s - 1)
-    in_prefix = column < cut
-    in_bank = jnp.logical_and(column >= cut, column < cut + s)
-    splice = lambda old, new, fill: jnp.where(
-      in_prefix[None], old[from_prefix][None], jnp.where(in_bank[None], new[:, from_bank], fill)
-    )
-    tokens = splice(prefix, bank.tokens, 0)
-    mask = splice(prefix_mask, bank.mask, False)
-    logits = apply(params, tokens, decoder.positions_of(mask), mask) / temperature
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    at = jnp.clip(cut - 1 + jnp.arange(s), 0, prefix.shape[0] + s - 1)
-    chosen = jnp.take_along_axis(log_probs[:, at], bank.tokens[..., None], axis=-1)[..., 0]
-    return masked_sum(chosen, bank.scored, axis=1)
-
-  def score_row(row: tuple) -> chex.Array:
-    rollout, starts, bank = row
-    bank = jax.tree.map(lambda x: jnp.broadcast_to(x, (k_max, *x.shape[1:])), bank)
-    return jax.lax.map(lambda rows: score_state((rollout, *rows)), (starts, bank))
-
-  log_p = jax.lax.map(score_row, (rollout, segments.starts, completions))
-  chex.assert_shape(log_p, (None, k_max, n))
-  exists = jnp.logical_and(completions.valid, segments.mask[:, :, None])
   return jax.lax.stop_gradient(jnp.where(exists, log_p, 0.0))
 
 

@@ -102,6 +102,8 @@ def check_segments(segments: types.Segments, axes: str = "") -> None:
   ids = concrete(segments.segment_ids)
   if not k_max:
     raise ValueError("segments.ends has room for no segment: K must be at least 1.")
+  must = f"lie in [0, {k_max}]: segments.ends has room for {k_max} segments."
+  check_values("segments.num_segments", segments.num_segments, lambda n: (n >= 0) & (n <= k_max), must)
   if ids is None:
     return
   must = f"lie in [-1, {k_max}): -1 is padding, and segments.ends has room for {k_max} segments."

@@ -235,6 +235,15 @@ def log_likelihoods(log_p: chex.Array, utilities: chex.Array, log_q: chex.Array,
   return jax.lax.stop_gradient(log_weighted_mean(evidence.log_ratio, evidence))
 
 
+def check_numbers(log_p: chex.Array, utilities: chex.Array, log_q: chex.Array, valid: chex.Array) -> None:
+  """Raises ValueError naming the first number outside its range that is concrete and valid, under any leading axes."""
+  must = "be finite and >= 0; it is what a completion is worth."
+  checks.check_values("utilities", utilities, lambda x: np.isfinite(x) & (x >= 0), must, where=valid)
+  checks.check_values("log_q", log_q, np.isfinite, "be finite; it is a log-probability in nats.", where=valid)
+  must = "be <= 0 and no NaN; it is a log-probability in nats."
+  checks.check_values("log_p", log_p, lambda x: x <= _ROUNDING, must, where=valid)
+
+
 def _evidence(
   log_p: chex.Array, utilities: chex.Array, log_q: chex.Array, valid: chex.Array, lengths: chex.Array
 ) -> Evidence:
@@ -248,11 +257,7 @@ def _evidence(
     checks.check_array(name, x, "K N", kind)
     states = 1 if utilities.shape[0] == 1 else log_p.shape[0]
     checks.check_shape(name, x, (states, log_p.shape[1]), "log_p or, with one row for all states, utilities")
-  must = "be finite and >= 0; it is what a completion is worth."
-  checks.check_values("utilities", utilities, lambda x: np.isfinite(x) & (x >= 0), must, where=valid)
-  checks.check_values("log_q", log_q, np.isfinite, "be finite; it is a log-probability in nats.", where=valid)
-  must = "be <= 0 and no NaN; it is a log-probability in nats."
-  checks.check_values("log_p", log_p, lambda x: x <= _ROUNDING, must, where=valid)
+  check_numbers(log_p, utilities, log_q, valid)
 
   log_p, utilities, log_q = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (log_p, utilities, log_q))
   utilities, log_q, valid, lengths = (jnp.broadcast_to(x, log_p.shape) for x in (utilities, log_q, valid, lengths))
