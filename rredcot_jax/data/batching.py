@@ -4,7 +4,6 @@ The iterator is Grain's: shuffled anew each epoch from the seed, endless, and
 its state is a small JSON object that a checkpoint carries.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import grain
@@ -103,9 +102,7 @@ def supervised_batch(
   traces = []
   for example in examples:
     trace = teacher(example, rng)
-    imitated = dataclasses.replace(example, steps=tuple(trace.steps), answer=trace.answer)
-    thought = [token for step in codec.solution_ids(imitated) for token in step]
-    traces.append([*thought, *codec.exit_ids, *codec.answer_ids(imitated)])
+    traces.append(codec.trace_ids(trace))
   prompt_tokens, prompt_mask = prompt_arrays(codec, examples, max_prompt_tokens)
   tokens, mask = pad(traces, max_tokens, side="right", pad_id=codec.pad_id, what="trace")
   zeros = np.zeros(tokens.shape, np.float32)

@@ -60,7 +60,8 @@ class Trace:
   """A trace to imitate, as text."""
 
   steps: Sequence[str]  # The thought; each piece is encoded on its own.
-  answer: str  # What follows the exit.
+  answer: str  # As `Example.answer`.
+  solution: Sequence[str] = ()  # What stands between the exit and the answer.
 
 
 def teacher_of(task: Task) -> Callable[[Example, np.random.Generator], Trace]:
@@ -79,7 +80,7 @@ def make_task(name: str, *, split: str, **options: Any) -> Task:
   """Makes the task called `name`.
 
   Args:
-    name: "chain", "reasoning_gym/<data set>", "dataset/<corpus>", or "package.module:Class" of one's own.
+    name: "chain", "think", "reasoning_gym/<data set>", "dataset/<corpus>", or "package.module:Class" of one's own.
     split: "train" or "eval".
     **options: passed on to the task's class.
 
@@ -93,6 +94,10 @@ def make_task(name: str, *, split: str, **options: Any) -> Task:
     from rredcot_jax.data.chain import Chain
 
     return Chain(split=split, **options)
+  if name == "think":
+    from rredcot_jax.data.think import Think
+
+    return Think(split=split, **options)
 
   from rredcot_jax.data import datasets, reasoning_gym
 
@@ -102,6 +107,6 @@ def make_task(name: str, *, split: str, **options: Any) -> Task:
   if prefix == "reasoning_gym" and dataset:
     return reasoning_gym.ReasoningGym(dataset, split=split, **options)
   corpora = (f"dataset/{dataset}" for dataset in datasets.SCHEMAS)
-  valid = ("chain", *corpora, *(f"reasoning_gym/{dataset}" for dataset in reasoning_gym.DATASETS))
+  valid = ("chain", "think", *corpora, *(f"reasoning_gym/{dataset}" for dataset in reasoning_gym.DATASETS))
   names.check_option("task", name, valid)
   raise AssertionError(f"Unreachable: {name!r} passed for a valid name.")

@@ -20,13 +20,13 @@ from rredcot_jax.parallel import sharding
 from rredcot_jax.report import files
 
 _SEPARATOR = "/"
-_ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 
 
 def locate(path: str | os.PathLike) -> pathlib.Path:
   """`path` where there is such a file or directory, else what rredcot_jax/assets holds under that name."""
   path = pathlib.Path(path)
-  shipped = _ASSETS / path
+  shipped = ASSETS / path
   return shipped if not path.exists() and not path.is_absolute() and shipped.exists() else path
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from absl import logging
 
 from rredcot_jax.data.encoding import Codec
-from rredcot_jax.data.tasks import Task
+from rredcot_jax.data.tasks import Task, Trace
 
 OVERLONG = ("refuse", "skip")
 
@@ -29,8 +29,7 @@ def check_references(task: Task, codec: Codec) -> None:
     example = task[index]
     if not example.answer:
       continue
-    thought = [token for step in codec.solution_ids(example) for token in step]
-    text = codec.response([*thought, *codec.exit_ids, *codec.answer_ids(example)])
+    text = codec.response(codec.trace_ids(Trace(example.steps, example.answer)))
     reward = task.reward(example, text)
     if reward != 1.0:
       raise ValueError(
