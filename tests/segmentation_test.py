@@ -541,7 +541,8 @@ def test_traces_without_an_exit_or_with_one_first(after_exit):
     results = jitted(*THREE, after_exit=after_exit)(*trace(pieces))
     for method, plain in jitted(*THREE)(*trace(pieces)).items():
       assert results[method].thought_end == len(pieces) and not np.any(results[method].after_exit)
-      jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(results[method], thought_end=None), plain)
+      same = dataclasses.replace(results[method], thought_end=None, solution_start=None)
+      jax.tree.map(np.testing.assert_array_equal, same, plain)
   pieces = ["</think>", "x", "\n", "3", "\n", "3", EOS]
   segments = {"one": ["|".join(pieces)], "cut": ["</think>|x|\n", "3|\n", "3|<eos>"]}[after_exit]
   states = {"one": [], "cut": [1, 2]}[after_exit]
@@ -573,6 +574,9 @@ def test_with_an_exit_equals_oracle(random_trace, after_exit, place):
       assert result.num_segments == (len(kept) + 1 if pieces else 0), method
       assert result.num_merged == merged, method
       assert result.thought_end == exit_place(pieces), method
+      # "</" is followed by "think>", or the exit is one token.
+      size = 0 if result.thought_end == len(pieces) else 1 + (pieces[result.thought_end] == "</")
+      assert result.solution_start == result.thought_end + size, method
       starts = [0, *kept][:k_max] if pieces else []
       assert np.flatnonzero(result.after_exit).tolist() == [k for k, t in enumerate(starts) if t > exit_place(pieces)]
 

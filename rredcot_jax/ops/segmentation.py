@@ -269,7 +269,8 @@ def segment(
   first token of the exit opens one more, whatever the method. That one holds all the rest
   (`after_exit="one"`), or the method's cuts go on in it ("cut", one `target` for all). A
   trace without an exit is cut as if there were no table, and so is every trace where
-  `target` is 1 or the method is `whole`; `thought_end` and `Segments.after_exit` tell all the same.
+  `target` is 1 or the method is `whole`. `thought_end` and `solution_start` of the result say
+  where the exit is all the same, and `after_exit` which states lie beyond its first token.
 
   Args:
     tokens: [T] integer, the trace, its EOS included.
@@ -311,9 +312,9 @@ def segment(
   can_open = (t > 0) & (t < before_eos)
 
   limit: chex.Numeric = most
-  exit_cut, thought_end = jnp.zeros_like(mask), None
+  exit_cut, thought_end, solution_start = jnp.zeros_like(mask), None, None
   if exit_table is not None:
-    thought_end, _ = anatomy.find_exit(tokens, mask, exit_table)
+    thought_end, solution_start = anatomy.find_exit(tokens, mask, exit_table)
     if most > 1:
       exit_cut = can_open & (t == thought_end)
     can_open &= t < thought_end if after_exit == "one" else ~exit_cut
@@ -325,7 +326,8 @@ def segment(
   cuts, priority = _checked(rule(trace), trace)
   cuts = cuts & can_open
   kept = keep_evenly(cuts, limit) if priority is None else keep_highest(cuts, priority, limit)
-  return _build(kept | exit_cut, mask, k_max, jnp.sum(cuts & ~kept), thought_end)
+  segments = _build(kept | exit_cut, mask, k_max, jnp.sum(cuts & ~kept))
+  return dataclasses.replace(segments, thought_end=thought_end, solution_start=solution_start)
 
 
 def _check_arrays(
@@ -446,9 +448,7 @@ def keep_highest(cuts: chex.Array, priority: chex.Array, limit: chex.Numeric) ->
   return cuts & jnp.zeros_like(cuts).at[order].set(t < limit - 1)
 
 
-def _build(
-  kept: chex.Array, mask: chex.Array, k_max: int, num_merged: chex.Array, thought_end: chex.Array | None
-) -> types.Segments:
+def _build(kept: chex.Array, mask: chex.Array, k_max: int, num_merged: chex.Array) -> types.Segments:
   index = jnp.cumsum(kept, dtype=jnp.int32)
   length = jnp.sum(mask)
   # The first token of segment k + 1; T, so the length, where there is none.
@@ -458,5 +458,4 @@ def _build(
     segment_ids=jnp.where(mask, index, -1),
     num_segments=jnp.where(length > 0, jnp.sum(kept) + 1, 0).astype(jnp.int32),
     num_merged=num_merged.astype(jnp.int32),
-    thought_end=thought_end,
   )
