@@ -1,22 +1,22 @@
 """What several test files share: hostile texts, a small decoder and its numpy twin, updates to compare, short runs."""
 
+import contextlib
 import dataclasses
 import functools
 
 import jax
 import numpy as np
 import optax
+import pytest
 import tiny_config
-import train
 
-from rredcot_jax.data import tasks
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import Compute, ModelConfig
 from rredcot_jax.ops import losses, types
-from rredcot_jax.parallel import sharding
-from rredcot_jax.report import page
-from rredcot_jax.train import checkpoint, train_step
-from rredcot_jax.train import config as config_lib
+from rredcot_jax.report import records
+from rredcot_jax.train import checkpoint, loop, metrics, train_step, validation
+from rredcot_jax.train import workdir as workdir_lib
+from rredcot_jax.train.experiment import Experiment
 
 # ---- Hostile texts ---------------------------------------------------------------------------
 
@@ -140,26 +140,43 @@ UPDATES["policy in chunks"] = functools.partial(UPDATES["policy"], config=IN_CHU
 
 
 def run(config, workdir):
-  config_lib.validate(config)
-  train.claim_workdir(workdir, config, "test", resume=True)
-  train.run(config, workdir)
+  validation.validate(config)
+  workdir_lib.claim(workdir, config, "test", resume=True)
+  assert loop.run(config, workdir)
   return workdir
 
 
 def untimed(workdir):
-  lines = page.read_metrics(workdir / "metrics.jsonl")
+  lines = records.read_metrics(workdir / "metrics.jsonl")
   return [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines]
 
 
 def saved_params(workdir, step, config=None):
-  config = config or tiny_config.get_config()
-  model = config_lib.model_config(config, len(tasks.make_task("chain", split="train").tokenizer))
-  optimizer = train_step.make_optimizer(**config_lib.optimizer_options(config))
-  state = jax.eval_shape(lambda: train_step.init_state(decoder.init(model, jax.random.key(0)), optimizer))
-  placement = sharding.infer(sharding.make_mesh(), state)
-  state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placement)
-  saver = checkpoint.Checkpointer(workdir / "checkpoints", keep=2)
-  at, state, data = saver.restore_latest(state)
+  saver = checkpoint.Checkpointer(workdir / "checkpoints", writes=False)
+  at, state, data = saver.restore_latest(Experiment(config or tiny_config.get_config()).abstract_state)
   saver.close()
   assert at == step
   return jax.device_get(state), data
+
+
+@contextlib.contextmanager
+def compilations():
+  """The programs that XLA compiles meanwhile, as (the last step whose line was written, name); -1 before any."""
+  compiled, last, write = [], -1, metrics.MetricsWriter.write
+
+  def noting(self, step, values):
+    nonlocal last
+    last = step
+    return write(self, step, values)
+
+  def note(event, seconds, fun_name="", **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append((last, fun_name.removeprefix("jit(").removesuffix(")")))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(metrics.MetricsWriter, "write", noting)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+      yield compiled
+    finally:
+      jax.monitoring.unregister_event_duration_listener(note)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rredcot_jax.model import decoder, huggingface
+from rredcot_jax.model import decoder, export
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train import initial
@@ -25,7 +25,7 @@ def test_every_door_gives_the_same_parameters(tmp_path):
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
   params = initial.start_params("", MODEL, mesh, KEY)
   same(params, decoder.init(MODEL, KEY))
-  huggingface.save(MODEL, params, tmp_path / "directory")
+  export.save(MODEL, params, tmp_path / "directory")
   initial.save_params(params, tmp_path / "file.safetensors")
   for path in (tmp_path / "directory", tmp_path / "file.safetensors"):
     loaded = initial.start_params(str(path), MODEL, mesh, KEY)
@@ -35,7 +35,7 @@ def test_every_door_gives_the_same_parameters(tmp_path):
 
 
 def test_another_model_is_named_field_by_field(tmp_path):
-  huggingface.save(MODEL, decoder.init(MODEL, KEY), tmp_path)
+  export.save(MODEL, decoder.init(MODEL, KEY), tmp_path)
   other = dataclasses.replace(MODEL, width=32, rope_theta=7.0)
   with pytest.raises(ValueError, match=r"width \(16 there, 32 configured\), rope_theta \(10000.0 there, 7.0 "):
     initial.start_params(str(tmp_path), other, sharding.make_mesh(), KEY)
@@ -74,7 +74,7 @@ def test_a_name_is_a_path_first_and_what_the_package_ships_else(tmp_path, monkey
 
 def test_parameters_take_the_type_that_is_asked_for(tmp_path):
   initial.save_params(decoder.init(MODEL, KEY), tmp_path / "file.safetensors")
-  huggingface.save(MODEL, decoder.init(MODEL, KEY), tmp_path / "directory")
+  export.save(MODEL, decoder.init(MODEL, KEY), tmp_path / "directory")
   for path in ("", str(tmp_path / "file.safetensors"), str(tmp_path / "directory")):
     params = initial.start_params(path, MODEL, sharding.make_mesh(), KEY, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}

@@ -8,7 +8,7 @@ from rredcot_jax.train.config import default_config
 def get_config(arg: str = "rredcot") -> ConfigDict:
   config = default_config()
   config.task.options.num_steps = 8
-  config.initial_params = "chain_warm_start.safetensors"
+  config.initial_params = "chain/warm_start.safetensors"
   config.num_steps = 6
   config.rollout.prompts_per_step = 4
   config.rollout.group_size = 4

@@ -107,7 +107,7 @@ def judged_batches(
       rollout, _ = sampling.sample(
         params, config, *prompts, jax.random.fold_in(key, start), max_tokens=max_tokens,
         temperature=temperature, top_k=top_k, top_p=top_p,
-        eos_id=codec.eos_id, pad_id=codec.pad_id,
+        eos_id=codec.end_ids, pad_id=codec.pad_id,
       )  # fmt: skip
     rollout = processes.whole(rollout)
     texts = codec.responses(rollout)
