@@ -22,6 +22,56 @@ from rredcot_jax.ops import advantages, checks, redistribution, types
 from rredcot_jax.ops import values as values_lib
 
 
+def values_from_log_probs(
+  log_p: chex.Array,
+  bank: types.Completions,
+  segments: types.Segments,
+  returns: chex.Array,
+  *,
+  form: str | values_lib.Form = "plain",
+  max_weight: chex.Numeric = 1.0,
+  exponent: chex.Numeric = 0.5,
+) -> tuple[chex.Array, chex.Array]:
+  """State values of a batch from what a model says of a bank of completions (arXiv 2606.06475).
+
+  States after the exit of the thought (`Segments.after_exit`) that have no completion take the
+  observed return as their value, and count as one sample: their trace is decided, and nothing
+  else is known of them [C]. Every other state without a completion has the value 0.
+
+  Args:
+    log_p: [B, K, N] floating, log p(c_n | s_k) <= 0 at the sampling temperature, nats, such as
+      `scoring.score_tree` gives.
+    bank: fields [B, K or 1, N, ...]; with 1, all states share one bank. Only `scored`,
+      `utilities`, `log_q` and `valid` are read.
+    segments: fields [B, ...].
+    returns: [B] floating, the verifier's rewards.
+    form, max_weight, exponent: of `values.estimate_values`; `form` is static.
+
+  Returns:
+    values and effective sample sizes, [B, K] float32 each. No gradient flows to any argument.
+
+  Raises:
+    ValueError: on wrong shapes and types and unknown options, and, where arrays are concrete, on
+      the first number that is outside its range.
+  """
+  checks.check_array("log_p", log_p, "B K N", float)
+  checks.check_array("returns", returns, "B", float)
+  checks.check_segments(segments, "B")
+  checks.check_shape("log_p", log_p, (*segments.ends.shape, None), "segments.ends [B, K]")
+  checks.check_shape("returns", returns, log_p.shape[:1], "the traces of log_p")
+  states = 1 if bank.valid.shape[1:2] == (1,) else log_p.shape[1]
+  for name in ("utilities", "log_q", "valid"):
+    checks.check_shape(f"bank.{name}", getattr(bank, name), (log_p.shape[0], states, log_p.shape[2]), "log_p")
+  values_lib.check_numbers(log_p, bank.utilities, bank.log_q, bank.valid)
+
+  estimate = functools.partial(values_lib.estimate_values, form=form, max_weight=max_weight, exponent=exponent)
+  lengths = jnp.sum(bank.scored, axis=-1)
+  estimated, sizes = jax.vmap(estimate)(log_p, bank.utilities, bank.log_q, bank.valid, lengths)
+  decided = jnp.logical_and(segments.after_exit, jnp.logical_not(jnp.any(bank.valid, axis=-1)))
+  observed = jax.lax.stop_gradient(jnp.asarray(returns, jnp.float32))[:, None]
+  return jnp.where(decided, observed, estimated), jnp.where(decided, 1.0, sizes)
+
+
 def credit_from_log_probs(
   log_p: chex.Array,
   bank: types.Completions,
@@ -43,51 +93,23 @@ def credit_from_log_probs(
   epsilon: chex.Numeric = 1e-6,
   uniform_rows: chex.Array | None = None,
 ) -> types.Credit:
-  """RREDCoT's credit (arXiv 2606.06475) from what a model says of a bank of completions.
+  """RREDCoT's credit: `values_from_log_probs`, then `credit_from_values`, which have the arguments.
 
-  States after the exit of the thought (`Segments.after_exit`) that have no completion take the
-  observed return as their value, and count as one sample: their trace is decided, and nothing
-  else is known of them [C]. Every other state without a completion has the value 0.
-
-  Args:
-    log_p: [B, K, N] floating, log p(c_n | s_k) <= 0 at the sampling temperature, nats, such as
-      `scoring.score_tree` gives.
-    bank: fields [B, K or 1, N, ...]; with 1, all states share one bank. Only `scored`,
-      `utilities`, `log_q` and `valid` are read.
-    segments: fields [B, ...].
-    returns: [B] floating, the verifier's rewards.
-    group_size: rows of a prompt that stand together, static.
-    mode: one of `advantages.MODES`, static.
-    form, max_weight, exponent: of `values.estimate_values`; `form` is static.
-    initial_value, state_baseline, floor, scale, baseline, advantage_scale, ddof, epsilon,
-      uniform_rows: see `credit_from_values`.
+  `group_size`, `mode` and `form` are static, as are the options that those two call so.
 
   Returns:
     Credit with fields [B, ...]. No gradient flows to any argument.
 
   Raises:
-    ValueError: on wrong shapes and types and unknown options, and, where arrays are concrete, on
-      the first number that is outside its range.
+    ValueError: as those two.
   """
-  checks.check_array("log_p", log_p, "B K N", float)
-  checks.check_segments(segments, "B")
-  checks.check_shape("log_p", log_p, (*segments.ends.shape, None), "segments.ends [B, K]")
-  states = 1 if bank.valid.shape[1:2] == (1,) else log_p.shape[1]
-  for name in ("utilities", "log_q", "valid"):
-    checks.check_shape(f"bank.{name}", getattr(bank, name), (log_p.shape[0], states, log_p.shape[2]), "log_p")
-  values_lib.check_numbers(log_p, bank.utilities, bank.log_q, bank.valid)
-
-  estimate = functools.partial(values_lib.estimate_values, form=form, max_weight=max_weight, exponent=exponent)
-  lengths = jnp.sum(bank.scored, axis=-1)
-  estimated, sizes = jax.vmap(estimate)(log_p, bank.utilities, bank.log_q, bank.valid, lengths)
-  decided = jnp.logical_and(segments.after_exit, jnp.logical_not(jnp.any(bank.valid, axis=-1)))
-  checks.check_array("returns", returns, "B", float)
-  checks.check_shape("returns", returns, log_p.shape[:1], "the traces of log_p")
+  values, sizes = values_from_log_probs(
+    log_p, bank, segments, returns, form=form, max_weight=max_weight, exponent=exponent
+  )
   return credit_from_values(
-    jnp.where(decided, jnp.asarray(returns, jnp.float32)[:, None], estimated), segments, returns,
-    group_size=group_size, mode=mode, initial_value=initial_value, state_baseline=state_baseline, floor=floor,
-    scale=scale, baseline=baseline, advantage_scale=advantage_scale, ddof=ddof, epsilon=epsilon,
-    sample_sizes=jnp.where(decided, 1.0, sizes), uniform_rows=uniform_rows,
+    values, segments, returns, group_size=group_size, mode=mode, initial_value=initial_value,
+    state_baseline=state_baseline, floor=floor, scale=scale, baseline=baseline, advantage_scale=advantage_scale,
+    ddof=ddof, epsilon=epsilon, sample_sizes=sizes, uniform_rows=uniform_rows,
   )  # fmt: skip
 
 
