@@ -420,6 +420,17 @@ def test_own_failures_come_last_and_only_when_asked_for():
   np.testing.assert_allclose(both.completions.log_q[0, 0, :2], -math.log(2), rtol=1e-6)
 
 
+def test_a_trace_without_a_finite_return_is_no_part_of_a_bank():
+  for bad in (math.nan, math.inf):
+    returns = [bad, 0.0, 1.0, 0.0, 0.0]
+    found = own_bank(returns=returns, with_failures=True)
+    assert [texts(found, 0, n)[0] for n in range(3)] == [[9, 6, 7], [9, 5, 7], []]
+    rollouts = make("rollouts", [[1, 7], [2, 7], [3, 7]], [[2]] * 3, returns=returns[:3], with_failures=True)
+    assert [texts(rollouts, 0, n)[0] for n in range(3)] == [[2, 7], [3, 7], []]
+    assert rollouts.completions.utilities[0, 0].tolist() == [0, 1, 0]
+  assert make("rollouts", [[1, 7]], [[2]], returns=[math.nan]).uniform_rows.all()
+
+
 def test_own_falls_back_where_nobody_succeeded():
   bank = own_bank(with_failures=True)
   assert bank.fallback.all() and bank.uniform_rows.all() and not bank.completions.valid.any()

@@ -224,22 +224,23 @@ def rollouts(inputs: BankInputs) -> Iterator[Place]:
   A state k averages over the G_k traces of the group that have a segment k, as
   if all were in the bank: failures contribute 0 without being scored, so the
   utilities of those put in carry the factor (successes at k) / G_k. A suffix whose
-  trace had stated something else of an answer than this one is a failure here.
+  trace had stated something else of an answer than this one is a failure here. Traces
+  whose return is not finite are not counted.
   """
   returns, mask = inputs.read("returns"), np.asarray(inputs.read("rollout").mask)
-  log_probs = np.asarray(inputs.read("rollout").sampler_log_probs)
+  log_probs, known = np.asarray(inputs.read("rollout").sampler_log_probs), np.isfinite(returns)
   # log q of the suffix from each place on, as a reversed running sum; in float32 its error would grow with T.
   log_q = np.cumsum(np.where(mask, log_probs, 0.0)[:, ::-1], axis=1, dtype=np.float64)[:, ::-1]
   members = {j for row in inputs.rows for j in inputs.group(row)}
   stated = {j: [_stated_at(inputs, j, k) for k in inputs.states(j)] for j in members}
   for row in inputs.rows:
     for k in inputs.states(row):
-      present = [j for j in inputs.group(row) if k < len(stated[j])]
+      present = [j for j in inputs.group(row) if k < len(stated[j]) and known[j]]
       alike = [j for j in present if stated[j][k] == stated[row][k]]
       chosen = [j for j in alike if inputs.with_failures or returns[j] > 0]
       fits = [j for j in chosen if inputs.lengths[j] - inputs.starts[j, k] <= inputs.max_tokens]
       # A success that does not fit counts as a failure would: conservative, and counted.
-      share = len(fits) / len(present)
+      share = len(fits) / max(len(present), 1)
       for j in (*fits[: inputs.bank_size], *(j for j in chosen if j not in fits)):
         start = inputs.starts[j, k]
         ids = inputs.tokens[j, start : inputs.lengths[j]]
@@ -251,8 +252,9 @@ def own(inputs: BankInputs) -> Iterator[Place]:
 
   Its utility is the mean return of the traces that wrote it. Successes come first;
   failures are put in where `with_failures` asks for them. log q = -log N, N those put in.
-  Traces without an exit, and truncated ones, have nothing to offer. The newlines before
-  the marker are the thought's: where a state needs them, they are those of the reference's exit.
+  Traces without an exit, truncated ones, and those whose return is not finite have nothing to
+  offer. The newlines before the marker are the thought's: where a state needs them, they are
+  those of the reference's exit.
   """
   returns, segments = inputs.read("returns"), inputs.read("segments")
   if segments.thought_end is None or segments.solution_start is None:
@@ -260,7 +262,7 @@ def own(inputs: BankInputs) -> Iterator[Place]:
       f"bank={inputs.bank!r} reads where traces leave their thought: cut them with segment(..., exit_table=...)."
     )
   left, solution_start = np.asarray(segments.thought_end), np.asarray(segments.solution_start)
-  ended = (left < inputs.lengths) & ~np.asarray(inputs.read("rollout").truncated)
+  ended = (left < inputs.lengths) & ~np.asarray(inputs.read("rollout").truncated) & np.isfinite(returns)
   for row in inputs.rows:
     newlines = inputs.references[row].exit[: inputs.exit_newlines(row)] if inputs.references is not None else []
     found: dict[bytes, list[int]] = {}

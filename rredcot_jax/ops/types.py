@@ -18,8 +18,6 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rredcot_jax.ops.names import check_option as check_option
-
 _Class = TypeVar("_Class")
 
 
