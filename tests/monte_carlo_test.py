@@ -203,7 +203,7 @@ def test_sharded_over_four_devices_equals_one():
   mesh = sharding.make_mesh()
   assert mesh.size == 4
   placed = sharding.put_batch(mesh, (rollout, segments))
-  sharded, together = generate(jax.device_put(cache, sharding.cache(mesh)), *placed, chunk_size=3)
+  sharded, together = generate(jax.device_put(cache, sharding.cache(mesh, cache.key.shape)), *placed, chunk_size=3)
   assert len(sharded.tokens.sharding.device_set) == 4 and not sharded.tokens.is_fully_replicated
   np.testing.assert_array_equal(sharded.tokens, alone.tokens)
   np.testing.assert_allclose(sharded.sampler_log_probs, alone.sampler_log_probs, atol=1e-5)

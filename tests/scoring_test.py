@@ -205,7 +205,8 @@ def test_sharded_over_four_devices_equals_one():
   mesh = sharding.make_mesh()
   assert mesh.size == 4
   placed = sharding.put_batch(mesh, (rollout, segments, completions))
-  cache = jax.device_put(cache_of(), sharding.cache(mesh))
+  cache = cache_of()
+  cache = jax.device_put(cache, sharding.cache(mesh, cache.key.shape))
   score = jax.jit(lambda c, *rest: scoring.score_with_cache(params, CONFIG, c, *rest, temperature=TEMPERATURE))
   sharded = score(cache, *placed)
   assert len(sharded.sharding.device_set) == 4

@@ -91,6 +91,11 @@ def test_an_axis_that_does_not_divide_is_left_out():
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=4)
   leaf = jax.ShapeDtypeStruct((2, 16, 2, 4), jnp.float32)  # Two key heads, four devices.
   assert sharding.infer(mesh, {"key": leaf, "query": leaf})["key"].spec == P(None, "fsdp", None, None)
+  # Two columns of a layer split in two, and not in four.
+  mesh = sharding.make_mesh(data=1, fsdp=2, sequence=2)
+  narrow, wide = (jax.ShapeDtypeStruct((1, width, 4), jnp.float32) for width in (2, 4))
+  assert sharding.infer(mesh, {"gate": narrow})["gate"].spec == P(None, "fsdp", "tensor")
+  assert sharding.infer(mesh, {"gate": wide})["gate"].spec == P(None, ("fsdp", "sequence"), "tensor")
 
 
 def test_batches_and_caches_split_their_rows():
@@ -98,8 +103,10 @@ def test_batches_and_caches_split_their_rows():
   rows = sharding.put_batch(mesh, np.arange(8.0).reshape(4, 2))
   assert [shard.data.shape for shard in rows.addressable_shards] == [(1, 2)] * 4
   np.testing.assert_array_equal(rows, np.arange(8.0).reshape(4, 2))
-  cache = jax.device_put(np.zeros((2, 4, 2, 3, 4)), sharding.cache(mesh))
-  assert {shard.data.shape for shard in cache.addressable_shards} == {(2, 1, 2, 3, 4)}
+  shape = (2, 4, 2, 6, 4)
+  assert shard_shapes(jax.device_put(np.zeros(shape), sharding.cache(mesh, shape))) == {(2, 1, 2, 6, 4)}
+  mesh = sharding.make_mesh(data=1, tensor=2, sequence=2)
+  assert shard_shapes(jax.device_put(np.zeros(shape), sharding.cache(mesh, shape))) == {(2, 4, 1, 3, 4)}
 
 
 @pytest.mark.parametrize("rows", [3, 6])
@@ -127,7 +134,7 @@ def test_parameters_split_over_the_sequence_axis_too():
 
 
 def test_a_layout_has_the_same_devices_in_the_same_order():
-  mesh = sharding.make_mesh(data=1, fsdp=4)
+  mesh = sharding.make_mesh(data=2, fsdp=2)
   other = sharding.relayout(mesh, data=-1, tensor=2)
   assert dict(other.shape) == {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 1}
   assert list(other.devices.flat) == list(mesh.devices.flat)
@@ -136,16 +143,35 @@ def test_a_layout_has_the_same_devices_in_the_same_order():
     sharding.relayout(mesh, data=8)
 
 
+def shard_shapes(array):
+  return {shard.data.shape for shard in array.addressable_shards}
+
+
 def test_constraints_need_no_mesh_and_leave_out_what_does_not_divide():
   x = jnp.zeros((4, 6, 3))
   assert sharding.constrain(x, "rows", "tokens", "heads") is x
   mesh = sharding.make_mesh(data=1, fsdp=2, sequence=2)
   with sharding.use(mesh):
     placed = jax.jit(lambda x: sharding.constrain(x, "rows", "gathered_heads", "tokens"))(x)
-    # Three tokens do not split in two.
-    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3, 3)}
+    assert shard_shapes(placed) == {(2, 3, 3)}  # Three tokens do not split in two.
+    assert shard_shapes(jax.jit(lambda x: sharding.constrain(x, "rows", "tokens", None))(x)) == {(2, 3, 3)}
     assert sharding.parts("rows") == sharding.parts("gathered_heads") == 2
   assert sharding.parts("rows") == 1 and sharding.platform() == "cpu"
+
+
+@pytest.mark.parametrize("dimension", ["heads", "gathered_heads", "words"])
+def test_heads_and_words_split_over_the_tensor_axis(dimension):
+  with sharding.use(sharding.make_mesh(data=1, tensor=4)):
+    assert shard_shapes(jax.jit(lambda x: sharding.constrain(x, None, dimension))(jnp.zeros((3, 8)))) == {(3, 2)}
+    assert sharding.parts(dimension) == 4 and sharding.parts("rows") == 1
+
+
+def test_parameters_are_constrained_by_name():
+  params = {"gate": jnp.zeros((1, 4, 8)), "final_norm": jnp.zeros(4)}
+  assert sharding.constrain_params(params) is params
+  with sharding.use(sharding.make_mesh(data=1, fsdp=2, tensor=2)):
+    placed = jax.jit(sharding.constrain_params)(params)
+  assert shard_shapes(placed["gate"]) == {(1, 2, 4)} and shard_shapes(placed["final_norm"]) == {(4,)}
 
 
 ROLLOUT_MESHES = [

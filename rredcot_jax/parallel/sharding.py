@@ -132,17 +132,15 @@ def batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(_BATCH_AXES))
 
 
-def cache(mesh: Mesh, shape: Sequence[int] | None = None) -> NamedSharding:
-  """A KV cache [L, B, KV, C, D]: rows split as batches are; with its `shape`, key heads and columns too."""
-  if shape is None:
-    return NamedSharding(mesh, P(None, _BATCH_AXES))
+def cache(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+  """A KV cache of `shape` [L, B, KV, C, D]: rows split as batches are, key heads and columns where they divide."""
   return NamedSharding(mesh, _spec(mesh, (None, "rows", "heads", "tokens", None), shape))
 
 
 def put_batch(mesh: Mesh, tree: Any) -> Any:
   """Places arrays [B, ...] with their leading axis split.
 
-  Of several processes each gives host arrays of its own rows, as `distributed.Rows.here`
+  Of several processes each gives host arrays of its own rows, as `processes.Rows.here`
   numbers them; arrays that already lie on the devices of all are moved where need be.
 
   Raises:
