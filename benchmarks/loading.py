@@ -21,7 +21,7 @@ import machine
 import numpy as np
 from absl import app, flags
 
-from rredcot_jax.model import decoder, huggingface
+from rredcot_jax.model import decoder, export, huggingface
 from rredcot_jax.model.config import SIZES
 
 LOAD = flags.DEFINE_string("load", "", "Internal: the directory that the measured process loads.")
@@ -35,7 +35,7 @@ def main(_) -> None:
   config = dataclasses.replace(SIZES["SmolLM2-360M"], num_layers=20)
   with tempfile.TemporaryDirectory() as directory:
     params = jax.tree.map(np.asarray, decoder.init(config, jax.random.key(0)))
-    huggingface.save(config, params, directory, shard_bytes=_SHARD_BYTES)
+    export.save(config, params, directory, shard_bytes=_SHARD_BYTES)
     largest = max(path.stat().st_size for path in pathlib.Path(directory).glob("*.safetensors"))
     command = [sys.executable, __file__, "--load", directory]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

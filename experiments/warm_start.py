@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from rredcot_jax.data import batching
-from rredcot_jax.model import huggingface
+from rredcot_jax.model import export
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train import checkpoint, evaluation, initial, train_step
 from rredcot_jax.train.experiment import Experiment
@@ -89,7 +89,7 @@ def main(_) -> None:
   if output.suffix == ".safetensors":
     initial.save_params(state.params, output)
   else:
-    huggingface.save(model, state.params, output, tokenizer=codec.tokenizer)
+    export.save(model, state.params, output, tokenizer=codec.tokenizer, end_ids=codec.end_ids)
   figures = {"output": str(output), **accuracy(state.params)}
   figures |= {f"before/{name}": value for name, value in before.items()}
   saver.close()

@@ -15,10 +15,10 @@ import train
 import transformers
 
 from rredcot_jax.data import chain, datasets, encoding, reasoning_gym, tasks
-from rredcot_jax.model import decoder, huggingface, sampling
+from rredcot_jax.model import decoder, export, huggingface, sampling
 from rredcot_jax.model.config import SIZES, ModelConfig
 from rredcot_jax.model.tokenizer import load_tokenizer
-from rredcot_jax.report import page
+from rredcot_jax.report import records
 from rredcot_jax.train import checkpoint, train_step
 from rredcot_jax.train import config as config_lib
 
@@ -182,7 +182,7 @@ def trained(tmp_path_factory):
   tokenizer = load_tokenizer(datasets.TOKENIZER_DIR)
   sizes = {"width": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "mlp_width": 64}
   model = ModelConfig(vocab_size=len(tokenizer), **sizes)
-  huggingface.save(model, decoder.init(model, jax.random.key(3)), root / "start", tokenizer=tokenizer)
+  export.save(model, decoder.init(model, jax.random.key(3)), root / "start", tokenizer=tokenizer)
 
   config = config_lib.default_config()
   config.model.update(sizes)
@@ -251,7 +251,7 @@ def watch(patch, seen):
 
 def test_training_on_a_users_checkpoint_and_corpus(trained):
   config, workdir, seen = trained
-  lines = page.read_metrics(workdir / "metrics.jsonl")
+  lines = records.read_metrics(workdir / "metrics.jsonl")
   (step,) = [line for line in lines if "train/loss" in line]
   assert [line["step"] for line in lines if "eval/pass@1" in line] == [0, 1]
   assert np.isfinite(step["train/loss"]) and step["train/gradient_norm"] > 0
@@ -272,7 +272,7 @@ def test_evaluating_what_was_trained(trained, tmp_path, monkeypatch):
   again = {"rollouts": [], "batches": [], "decoded": set(), "encoded": []}
   watch(monkeypatch, again)
   figures = evaluate.run(config, workdir, samples=2, output=tmp_path / "results.json")
-  last = page.read_metrics(workdir / "metrics.jsonl")[-1]
+  last = records.read_metrics(workdir / "metrics.jsonl")[-1]
   assert last["step"] == 1
   # The same key, samples and rows: the traces of the run's own last evaluation, and not of its first.
   (rollout,) = again["rollouts"]

@@ -16,7 +16,7 @@ import transformers
 from hypothesis import strategies as st
 
 from rredcot_jax.data import encoding, tasks
-from rredcot_jax.model import decoder, huggingface
+from rredcot_jax.model import decoder, export, huggingface, huggingface_format
 from rredcot_jax.model import gguf as our_gguf
 from rredcot_jax.model.config import SIZES, ModelConfig, RopeScaling
 from rredcot_jax.model.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ from rredcot_jax.parallel import sharding
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tools"))
 import make_parity_goldens as cases
 
-CHAIN_TOKENIZER = pathlib.Path(tasks.__file__).parent.parent / "assets" / "chain_tokenizer"
+CHAIN_TOKENIZER = pathlib.Path(tasks.__file__).parent.parent / "assets" / "chain"
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def assert_equal_trees(left, right):
 def test_what_is_saved_is_what_was_loaded(name, make, tmp_path):
   config, params = huggingface.load(make(name))
   saved = tmp_path / "saved"
-  huggingface.save(config, params, saved, shard_bytes=10_000)
+  export.save(config, params, saved, shard_bytes=10_000)
   written, weights = tensors_of(saved), tensors_of(make(name))
   assert len(list(saved.glob("*.safetensors"))) > 3 and set(written) == set(weights)
   for tensor, array in weights.items():
@@ -80,7 +80,7 @@ def test_what_is_saved_is_what_was_loaded(name, make, tmp_path):
 @pytest.mark.parametrize("name", cases.CASES)
 def test_transformers_reads_our_config_as_its_own(name, make, tmp_path):
   source = make(name)
-  huggingface.save(*huggingface.load(source), tmp_path / "saved")
+  export.save(*huggingface.load(source), tmp_path / "saved")
   theirs, ours = (transformers.AutoConfig.from_pretrained(path) for path in (source, tmp_path / "saved"))
   for field in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
                 "num_attention_heads", "num_key_value_heads", "tie_word_embeddings", "max_position_embeddings",
@@ -102,7 +102,7 @@ def test_to_transformers_and_back(name, make, tmp_path):
   read, theirs = huggingface.load(tmp_path / "theirs")
   assert read.rope_scaling == config.rope_scaling and read == config
   assert_equal_trees(theirs, params)
-  huggingface.save(config, params, tmp_path / "ours", shard_bytes=10_000)
+  export.save(config, params, tmp_path / "ours", shard_bytes=10_000)
   expected, found = (cases.torch_model(path).state_dict() for path in (source, tmp_path / "ours"))
   assert set(found) == set(expected)
   for tensor, array in expected.items():
@@ -160,7 +160,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_the_sizes_known_by_name(name, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
-  assert huggingface.parse_config(tmp_path / "config.json") == SIZES[name]
+  assert huggingface_format.parse_config(tmp_path / "config.json") == SIZES[name]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_any_value_of_any_field_is_taken_or_refused(tmp_path_factory, field, val
   path = tmp_path_factory.getbasetemp() / "config.json"
   path.write_text(json.dumps(cases.CASES["qwen2-yarn"] | {field: value}))
   try:
-    assert isinstance(huggingface.parse_config(path), ModelConfig)
+    assert isinstance(huggingface_format.parse_config(path), ModelConfig)
   except ValueError as error:
     assert str(path) in str(error)
 
@@ -284,7 +284,7 @@ def test_what_says_nothing_new_is_left_out(make):
 @pytest.fixture
 def sharded(make, tmp_path):
   """A saved directory of several shards."""
-  huggingface.save(*huggingface.load(make("qwen3")), tmp_path / "sharded", shard_bytes=10_000)
+  export.save(*huggingface.load(make("qwen3")), tmp_path / "sharded", shard_bytes=10_000)
   return tmp_path / "sharded"
 
 
@@ -335,7 +335,7 @@ def test_a_truncated_shard_is_named(kept, sharded):
 def test_storage_and_memory_have_their_own_types(make, tmp_path):
   config, params = huggingface.load(make("qwen2"))
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  huggingface.save(config, rounded, tmp_path / "bf16")
+  export.save(config, rounded, tmp_path / "bf16")
   assert {array.dtype.name for array in tensors_of(tmp_path / "bf16").values()} == {"bfloat16"}
   assert json.loads((tmp_path / "bf16" / "config.json").read_text())["torch_dtype"] == "bfloat16"
   assert_equal_trees(huggingface.load(tmp_path / "bf16")[1], jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
@@ -353,7 +353,7 @@ def test_a_mesh_of_four_holds_the_same(axes, make, tmp_path):
   wanted = sharding.infer(mesh, params)
   jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(f"{place}"), placed, wanted)
   assert not placed["blocks"]["gate"].sharding.is_fully_replicated
-  huggingface.save(config, placed, tmp_path / "saved")
+  export.save(config, placed, tmp_path / "saved")
   assert_equal_trees(huggingface.load(tmp_path / "saved")[1], params)
 
 
@@ -361,21 +361,21 @@ def test_companions_are_taken_over_but_for_the_dtype(make, tmp_path):
   source = make("llama", torch_dtype="bfloat16", bos_token_id=7)
   (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
   config, params = huggingface.load(source)
-  huggingface.save(config, params, tmp_path / "saved", companions=source)
+  export.save(config, params, tmp_path / "saved", companions=source)
   saved = json.loads((tmp_path / "saved" / "config.json").read_text())
   # Else transformers would round float32 tensors to what the original was stored in.
   assert (saved["bos_token_id"], saved["torch_dtype"]) == (7, "float32")
   assert "eos_token_id" in (tmp_path / "saved" / "generation_config.json").read_text()
-  huggingface.save(config, params, source, companions=source)  # Over itself.
+  export.save(config, params, source, companions=source)  # Over itself.
   assert_equal_trees(huggingface.load(source)[1], params)
   with pytest.raises(ValueError, match=r"config\.json describes another model"):
-    huggingface.save(config, params, tmp_path / "other", companions=make("qwen2"))
+    export.save(config, params, tmp_path / "other", companions=make("qwen2"))
   assert not (tmp_path / "other").exists()
 
 
 def test_the_tokenizers_special_tokens_go_into_the_config(make, tmp_path):
   tokenizer = load_tokenizer(CHAIN_TOKENIZER)
-  huggingface.save(*huggingface.load(make("qwen2")), tmp_path / "saved", tokenizer=tokenizer)
+  export.save(*huggingface.load(make("qwen2")), tmp_path / "saved", tokenizer=tokenizer)
   read = transformers.AutoConfig.from_pretrained(tmp_path / "saved")
   assert (read.eos_token_id, read.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
   assert load_tokenizer(tmp_path / "saved").get_vocab() == tokenizer.get_vocab()
@@ -384,7 +384,7 @@ def test_the_tokenizers_special_tokens_go_into_the_config(make, tmp_path):
 def test_a_model_of_no_architecture_is_refused(tmp_path):
   config = ModelConfig(11, 8, 1, 2, 1, 4, 8, qkv_bias=True, qk_norm=True)
   with pytest.raises(ValueError, match="both qk_norm and qkv_bias"):
-    huggingface.save(config, decoder.init(config, jax.random.key(0)), tmp_path)
+    export.save(config, decoder.init(config, jax.random.key(0)), tmp_path)
 
 
 # ---- GGUF ------------------------------------------------------------------------------------

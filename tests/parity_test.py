@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rredcot_jax.model import decoder, huggingface, sampling, scoring
+from rredcot_jax.model import decoder, export, huggingface, sampling, scoring
 from rredcot_jax.model.tokenizer import load_tokenizer
 from rredcot_jax.ops import types
 
@@ -66,7 +66,7 @@ def peer(smollm2, tmp_path_factory):
   """transformers' SmolLM2 from the checkpoint that we save."""
   _, config, params, _ = smollm2
   directory = tmp_path_factory.mktemp("smollm2")
-  huggingface.save(config, params, directory, shard_bytes=2 * 10**8)
+  export.save(config, params, directory, shard_bytes=2 * 10**8)
   assert len(list(directory.glob("*.safetensors"))) > 2
   return goldens.torch_model(directory)
 

@@ -6,7 +6,8 @@
 
 A source `package:NAME` is the one GGUF file that an installed Python package
 ships. A source with a config.json of ours is a work directory of
-experiments/train.py; its newest checkpoint is taken. The tokenizer goes along.
+experiments/train.py; its newest checkpoint is taken. The tokenizer goes along, and so does every token that
+ends a text. Of another directory config.json and generation_config.json are taken over.
 """
 
 import importlib.util
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from rredcot_jax.model import decoder, huggingface
-from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.model import decoder, export, huggingface
+from rredcot_jax.model.tokenizer import end_ids, load_tokenizer
 from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.config import default_config
 from rredcot_jax.train.experiment import Experiment
@@ -33,12 +34,14 @@ def main(_) -> None:
   source, output = resolve(SOURCE.value), pathlib.Path(OUTPUT.value)
   dtype = jnp.dtype(DTYPE.value)
   if is_workdir(source):
-    model, params, tokenizer = load_run(source)
+    model, params, codec = load_run(source)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
+    export.save(model, params, output, tokenizer=codec.tokenizer, end_ids=codec.end_ids)
   else:
     model, params = huggingface.load(source, dtype=dtype)
     tokenizer = load_tokenizer(source)
-  huggingface.save(model, params, output, tokenizer=tokenizer)
+    ends, companions = end_ids(tokenizer, source), source if source.is_dir() else None
+    export.save(model, params, output, tokenizer=tokenizer, companions=companions, end_ids=ends)
   print(json.dumps({"output": str(output), "parameters": decoder.num_params(model), "dtype": DTYPE.value}))
 
 
@@ -68,12 +71,12 @@ def is_workdir(path: pathlib.Path) -> bool:
 
 
 def load_run(workdir: pathlib.Path):
-  """The newest checkpoint of a run: its sizes, parameters and tokenizer."""
+  """The newest checkpoint of a run: its sizes, parameters and codec."""
   config = ConfigDict(workdir_lib.read(workdir)["config"])
   # Whatever the run was laid out on, it is read on the devices that are here.
   config.mesh, config.rollout_mesh = default_config().mesh, default_config().rollout_mesh
   experiment = Experiment(config)
-  return experiment.model, experiment.restore_params(workdir)[1], experiment.codec.tokenizer
+  return experiment.model, experiment.restore_params(workdir)[1], experiment.codec
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def small_reference(name: str, directory: pathlib.Path) -> dict[str, np.ndarray]
 
 
 def main() -> None:
-  from rredcot_jax.model import huggingface
+  from rredcot_jax.model import export, huggingface
   from rredcot_jax.model.tokenizer import load_tokenizer
 
   GOLDENS.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def main() -> None:
   tokens = np.asarray(load_tokenizer(path).encode(smollm2_text())[:LENGTH], np.int32)
   config, params = huggingface.load(path)
   with tempfile.TemporaryDirectory() as directory:
-    huggingface.save(config, params, directory)
+    export.save(config, params, directory)
     found = reference(torch_model(pathlib.Path(directory)), tokens)
   np.savez_compressed(
     GOLDENS / "smollm2.npz",

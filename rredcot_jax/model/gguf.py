@@ -1,7 +1,7 @@
 """GGUF files: sizes, tensors and the tokenizer of a Llama, Qwen2 or Qwen3 model.
 
-The `gguf` library reads the file and undoes its quantisation; what is here is
-the names, and the order of rotary pairs that Llama files are stored in.
+The `gguf` library undoes the quantisation; what is here is the names, and the order of rotary pairs that
+Llama files are stored in.
 """
 
 import dataclasses
@@ -11,13 +11,12 @@ from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import tokenizers
 import transformers
 
-from rredcot_jax.model import attention
+from rredcot_jax.model import attention, gguf_reader
 from rredcot_jax.model.config import ModelConfig, RopeScaling
-from rredcot_jax.model.source import Fields
+from rredcot_jax.model.source import MOST, Fields, refusing
 
 _TOP = {
   "token_embd.weight": "model.embed_tokens.weight",
@@ -56,15 +55,6 @@ _SPLITS = {
 _PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS)
 
 
-class _Reader(gguf.GGUFReader):
-  """The library's reader, which takes what lies behind the end of a file for empty."""
-
-  def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> np.ndarray:
-    if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.size:
-      raise ValueError(f"it ends early, at {self.data.size} bytes.")
-    return super()._get(offset, dtype, count, override_order)
-
-
 class GgufFile:
   """One GGUF file; tensors are mapped and dequantised one at a time."""
 
@@ -78,21 +68,17 @@ class GgufFile:
     self.path = pathlib.Path(path)
     if not self.path.is_file():
       raise FileNotFoundError(f"no GGUF file at {str(self.path)!r}.")
-    try:
-      self._reader = _Reader(self.path)
-      # Nothing but the tokenizer has long values; it reads them itself.
-      values = {name: field.contents() for name, field in self._reader.fields.items() if len(field.data) < 1000}
-    except Exception as error:  # The library raises what its parsing trips over: struct, value and index errors.
-      raise ValueError(f"{self.path} is no GGUF file that can be read: {error}") from error
-    if self._reader.byte_order != "I":
-      raise ValueError(f"{self.path} is of the other byte order than this machine, which is not supported.")
+    with refusing(f"{self.path} is no GGUF file that can be read"):
+      values, tensors = gguf_reader.read(self.path)
     self._fields = Fields(self.path, values)
     self._architecture = self._fields["general.architecture"]
     if self._architecture not in _ARCHITECTURES:
       raise ValueError(
         f"{self.path}: the GGUF architecture {self._architecture!r} is not supported: {', '.join(_ARCHITECTURES)} are."
       )
-    self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+    self._tensors = {self._hf_name(name): tensor for name, tensor in tensors.items()}
+    if len(self._tensors) < len(tensors):
+      raise ValueError(f"{self.path}: two of its tensors mean the same place of the model.")
 
   def model_config(self) -> ModelConfig:
     """The model's sizes, from the file's metadata."""
@@ -133,7 +119,7 @@ class GgufFile:
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """The tensors' Hugging Face names and their shapes there."""
     tensors = ((name, tensor) for name, tensor in self._tensors.items() if name != _ROPE_TABLE)
-    return {name: tuple(int(size) for size in tensor.shape)[::-1] for name, tensor in tensors}
+    return {name: tensor.shape for name, tensor in tensors}
 
   def file(self, name: str) -> pathlib.Path:
     """This one."""
@@ -147,12 +133,12 @@ class GgufFile:
     """
     tensor = self._tensors[name]
     try:
-      array = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+      array = np.asarray(gguf.quants.dequantize(tensor.data, tensor.kind), np.float32)
     except NotImplementedError as error:
       raise ValueError(
-        f"{self.path}: tensor {tensor.name!r} has the quantisation {tensor.tensor_type.name}, which is not supported."
+        f"{self.path}: tensor {tensor.name!r} has the quantisation {tensor.kind.name}, which is not supported."
       ) from error
-    array = array.reshape([int(size) for size in tensor.shape][::-1])
+    array = array.reshape(tensor.shape)
     if self._architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
       return self._unpermute(array, name)
     return array
@@ -163,17 +149,26 @@ class GgufFile:
     Raises:
       ValueError: if it is no byte-level BPE, or takes text apart in a way that is not known here.
     """
-    fields = Fields(self.path, {name: self._reader.fields[name].contents() for name in self._reader.fields})
+    fields = self._fields
     kind, split = fields["tokenizer.ggml.model"], fields.values.get("tokenizer.ggml.pre")
     if kind != "gpt2" or split not in _PRE_TOKENIZERS:
       raise ValueError(
         f"{self.path}: the tokenizer {kind!r} with pre-tokenizer {split!r} is not supported: byte-level BPE with "
         f"{', '.join(_PRE_TOKENIZERS)} is. Give the directory of the original tokenizer instead."
       )
-    try:
+    with refusing(f"{self.path}: its tokenizer is damaged"):
       return self._byte_level_bpe(fields, split)
-    except Exception as error:  # Of no type of its own, when the library refuses a vocabulary or its merges.
-      raise ValueError(f"{self.path}: its tokenizer is damaged: {error}") from error
+
+  def end_ids(self) -> tuple[int, ...]:
+    """The ids that the file calls end of sequence and end of turn, where it has them."""
+    found = []
+    for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
+      value = self._fields.values.get(name)
+      if value is not None:
+        if type(value) is not int or not 0 <= value < MOST:
+          raise ValueError(f"{self.path}: {name}={value!r:.80} is no token id.")
+        found.append(value)
+    return tuple(found)
 
   def _byte_level_bpe(self, fields: Fields, split: str) -> transformers.PreTrainedTokenizerFast:
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]

@@ -1,15 +1,59 @@
-"""Where a checkpoint's tensors and metadata come from, whatever its format."""
+"""Where a checkpoint's tensors and metadata come from, whatever its format, and how much of them is read at most.
 
+A checkpoint may come from anywhere. Its sizes, counts and lengths are bounded before anything is allocated.
+"""
+
+import contextlib
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from rredcot_jax.report import text
+
 # Far above any model, and small enough that a forged config cannot fill the memory before a tensor is looked at.
 MOST, MOST_LAYERS = 2**24, 10_000
+_MOST_JSON = 2**20  # Bytes of a config.json; those of models have a few thousand.
 
 _T = TypeVar("_T")
+
+
+def check_size(path: pathlib.Path, most: int) -> None:
+  """Refuses a file of more than `most` bytes, before it is read."""
+  size = path.stat().st_size
+  if size > most:
+    raise ValueError(f"{path} has {size} bytes; at most {most} are read of such a file.")
+
+
+def read_json(path: pathlib.Path, *, most: int = _MOST_JSON) -> dict[str, Any]:
+  """The JSON object in a file of at most `most` bytes.
+
+  Raises:
+    ValueError: naming the file, if it is larger, cannot be read, or holds something else.
+  """
+  with refusing(f"{path} is not readable JSON"):
+    check_size(path, most)
+    value = json.loads(path.read_text(encoding="utf-8"))
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} holds no JSON object.")
+  return value
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+  """Whatever a library raises within is raised as a ValueError of `what` and the reason, which is shortened.
+
+  The panics of libraries written in Rust are among it: they are no `Exception`, and are known by name alone.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+      reason = str(error) or type(error).__name__
+      raise ValueError(f"{what}: {text.visible(text.shorten(reason, 300))}") from error
+    raise
 
 
 class Source(Protocol):
