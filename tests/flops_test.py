@@ -8,7 +8,6 @@ from rredcot_jax.cost import flops
 
 SQUARE = jnp.ones((16, 16))
 PRODUCT = 2 * 16**3
-MATRIX = jax.ShapeDtypeStruct((3, 5), jnp.float32)
 
 
 def times(x, n):

