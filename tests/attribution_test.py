@@ -137,6 +137,35 @@ def test_the_thought_ends_at_the_first_whole_exit_or_before_the_end_of_sequence(
   assert int(attribution.thought_lengths(tail, EXIT)[1]) == 6
 
 
+def test_an_exit_that_segments_know_is_the_thoughts_end_however_it_is_spelled():
+  _, rollout, segments, completions = case()
+  lengths = np.asarray(rollout.mask).sum(axis=1)
+  exits = np.array(
+    [t if t < n and TRACES[b][t : t + 2] == EXIT else n for b, (t, n) in enumerate(zip(THOUGHTS, lengths))]
+  )
+  known = dataclasses.replace(segments, thought_end=jnp.asarray(exits))
+  same, plain = (attribution.lay_out(rollout, x, completions, jnp.array(EXIT)) for x in (known, segments))
+  jax.tree.map(np.testing.assert_array_equal, same, plain)
+  other = attribution.lay_out(rollout, known, completions, jnp.array([17, 18, 19]))  # Not as the traces spell it.
+  jax.tree.map(np.testing.assert_array_equal, other, plain)
+
+
+def test_of_the_completions_of_all_states_the_last_of_the_thought_is_explained():
+  _, _, segments, completions = case()
+  rng = np.random.default_rng(0)
+  each = jax.tree.map(lambda x: rng.integers(0, 9, (B, K, *x.shape[2:])), jax.device_get(completions))
+  starts, num_segments = np.asarray(segments.starts), np.asarray(segments.num_segments)
+  left = np.array([starts[b, n - 1] if n > 1 else 99 for b, n in enumerate(num_segments)])
+  cut = dataclasses.replace(
+    segments, thought_end=left - (np.arange(B) % 2)
+  )  # Before the last segment, or within the one before.
+  last = [max(int(n) - 1 - (b % 2 and n > 1), 0) for b, n in enumerate(num_segments)]
+  found = attribution.after_thought(each, cut)
+  for b in range(B):
+    jax.tree.map(lambda ours, all_: np.testing.assert_array_equal(ours[b, 0], all_[b, last[b]]), found, each)  # noqa: B023
+  assert attribution.after_thought(completions, cut) is completions  # One for all states.
+
+
 @pytest.mark.parametrize("space", attribution.SPACES)
 def test_leave_one_out_is_a_shorter_thought_tokenised_again(space):
   params = case()[0]

@@ -51,6 +51,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rredcot_jax.cost import flops
 from rredcot_jax.credit import source
@@ -110,7 +111,8 @@ class Attribution(source.Source):
   def assign(self, batch: source.Batch) -> source.Found:
     """See `Source.assign`."""
     bank = self.setting.make_bank(batch)
-    completions, uniform_rows = self.setting.put((bank.completions, bank.uniform_rows))
+    of_thought = after_thought(bank.completions, batch.segments_here)
+    completions, uniform_rows = self.setting.put((of_thought, bank.uniform_rows))
     rewards = self._attribute(batch.params, batch.rollout, batch.segments, completions, self._exit_ids)
     columns = sum(x.shape[-1] for x in (batch.rollout.prompt_tokens, batch.rollout.tokens, completions.tokens))
     batch_size, states = batch.segments.ends.shape
@@ -124,8 +126,17 @@ class Attribution(source.Source):
 
   def count_flops(self, batch: source.Batch) -> float:
     """See `Source.count_flops`."""
-    completions = self.setting.make_bank(batch).completions
+    completions = after_thought(self.setting.make_bank(batch).completions, batch.segments_here)
     return flops.count(self.attribute, batch.params, batch.rollout, batch.segments, completions, self._exit_ids)
+
+
+def after_thought(completions: types.Completions, segments: types.Segments) -> types.Completions:
+  """The completions [B, 1, N, ...] of the last state of each thought, of those [B, K or 1, N, ...] of all states."""
+  if completions.valid.shape[1] == 1:
+    return completions
+  thought = np.asarray(segments.mask) & ~np.asarray(segments.after_exit)
+  last = np.maximum(thought.sum(axis=1) - 1, 0)
+  return jax.tree.map(lambda x: x[np.arange(len(last)), last][:, None], completions)
 
 
 @jax.tree_util.register_dataclass
@@ -168,7 +179,11 @@ def lay_out(
     )
   chex.assert_shape([completions.tokens, completions.mask, completions.scored], (batch, 1, 1, s))
   size = rollout.tokens.shape[1]
-  in_thought = jnp.arange(size)[None] < thought_lengths(rollout, exit_ids)[:, None]
+  if segments.thought_end is None:
+    lengths = thought_lengths(rollout, exit_ids)
+  else:  # Known in every tokenisation of the exit.
+    lengths = jnp.minimum(thought_lengths(rollout, jnp.zeros(0, jnp.int32)), segments.thought_end)
+  in_thought = jnp.arange(size)[None] < lengths[:, None]
   ids = jnp.where(in_thought, segments.segment_ids, -1)
   nowhere = lambda width: jnp.full((batch, width), -1, jnp.int32)
   return Layout(
