@@ -107,6 +107,8 @@ def test_bootstrap_interval_of_columns():
 
 def test_standard_error():
   assert statistics.mean_and_error(np.array([1.0, 0.0, 1.0, 0.0])) == (0.5, pytest.approx((1 / 3) ** 0.5 / 2))
+  mean, error = statistics.mean_and_error(np.array([3]))
+  assert mean == 3.0 and math.isnan(error)
 
 
 def test_bootstrap_resamples_clusters_and_not_items():
@@ -119,3 +121,52 @@ def test_bootstrap_resamples_clusters_and_not_items():
   np.testing.assert_allclose(again, (point, low, high), atol=1e-12)
   naive = statistics.bootstrap(mean(np.repeat(x, 10)), np.arange(200), resamples=400)
   assert (naive[2] - naive[1]) < 0.5 * (high - low)
+
+
+def test_a_resample_holds_whole_clusters_as_many_as_there_are():
+  clusters = np.array([7, 3, 7, 5, 3, 7])  # Neither sorted nor of one size.
+  members = {3: {1, 4}, 5: {3}, 7: {0, 2, 5}}
+  drawn = []
+  statistics.bootstrap(lambda i: drawn.append(i) or np.zeros(1), clusters, resamples=200)
+  assert drawn[0].tolist() == list(range(6)) and len(drawn) == 201
+  sizes, seen = set(), set()
+  for rows in drawn[1:]:
+    counts = np.bincount(rows, minlength=6)
+    times = {name: {counts[i] for i in inside} for name, inside in members.items()}
+    assert all(len(of) == 1 for of in times.values())  # All of a cluster, equally often.
+    assert sum(of.copy().pop() for of in times.values()) == 3
+    sizes.add(len(rows))
+    seen |= {name for name, of in times.items() if of != {0}}
+  # 1, 2 or 3 items three times: every sum from 3 to 9 can come.
+  assert sizes == {3, 4, 5, 6, 7, 8, 9} and seen == {3, 5, 7}
+
+
+def test_the_ends_are_quantiles_of_the_statistic_over_resamples():
+  rng = np.random.default_rng(5)
+  values, clusters, drawn = rng.normal(size=(30, 2)), np.arange(30) // 3, []
+
+  def statistic(rows):
+    drawn.append(values[rows].sum(axis=0))
+    return drawn[-1]
+
+  for level, low_share in ((0.95, 0.025), (0.5, 0.25)):
+    drawn.clear()
+    point, low, high = statistics.bootstrap(statistic, clusters, resamples=101, level=level)
+    np.testing.assert_allclose(point, values.sum(axis=0))
+    np.testing.assert_allclose(low, np.quantile(drawn[1:], low_share, axis=0))
+    np.testing.assert_allclose(high, np.quantile(drawn[1:], 1 - low_share, axis=0))
+  again = statistics.bootstrap(lambda i: values[i].sum(axis=0), clusters, resamples=101, level=0.5)
+  np.testing.assert_array_equal(again, (point, low, high))
+  assert (statistics.bootstrap(lambda i: values[i].sum(axis=0), clusters, resamples=101, seed=1)[1] != low).all()
+
+
+def test_resamples_without_a_number_are_left_out_and_one_cluster_has_no_interval():
+  def statistic(rows):
+    some = np.mean(rows == 0)
+    return np.array([some if some else np.nan, np.nan, 1.0])
+
+  point, low, high = statistics.bootstrap(statistic, np.arange(4), resamples=50)
+  assert low[0] >= 0.25 and np.isfinite(high[0])
+  assert np.isnan([low[1], high[1]]).all() and low[2] == high[2] == 1.0
+  point, low, high = statistics.bootstrap(statistic, np.zeros(4), resamples=50)
+  assert point[0] == 0.25 and np.isnan(low).all() and np.isnan(high).all() and low.shape == high.shape == (3,)
