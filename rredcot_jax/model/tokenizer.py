@@ -215,7 +215,7 @@ def _by_id(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[int, str]:
 
 
 def _quoted(token: str | None) -> str:
-  return "no token" if token is None else repr(text_lib.visible(text_lib.shorten(token, 40)))
+  return "no token" if token is None else repr(text_lib.shorten(token, 40))
 
 
 # ---- Text to ids -----------------------------------------------------------------------------
