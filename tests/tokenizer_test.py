@@ -187,7 +187,7 @@ def test_a_table_of_embeddings_has_a_row_for_every_id(write, tmp_path, caplog):
   loaded = tokenizer.load_tokenizer(write())
   alone = tmp_path / "alone" / "model.safetensors"
   alone.parent.mkdir()
-  with pytest.raises(ValueError, match="has 20 ids and the checkpoint .* of 19: .* beside which no tokenizer lies"):
+  with pytest.raises(ValueError, match=r"has 20 ids and the checkpoint .* of 19: .* beside which no tokenizer lies"):
     tokenizer.check_fits(loaded, alone, 19)
   with caplog.at_level(logging.WARNING):
     tokenizer.check_fits(loaded, alone, 20)
@@ -195,7 +195,7 @@ def test_a_table_of_embeddings_has_a_row_for_every_id(write, tmp_path, caplog):
   # The highest id counts, not how many there are.
   holed = tokenizer.load_tokenizer(write(file=changed(model__vocab=VOCAB | {"z": 30}), name="holed"))
   assert (len(holed), tokenizer.num_ids(holed)) == (21, 31)
-  with pytest.raises(ValueError, match="has 31 ids and .* of 21: it is not the checkpoint's"):
+  with pytest.raises(ValueError, match=r"has 31 ids and .* of 21: it is not the checkpoint's"):
     tokenizer.check_fits(holed, tmp_path / "holed", 21)
 
 
@@ -313,13 +313,13 @@ TEMPLATES = {
       {{- '<|im_start|>' + message['role'] + '\\n' + message.content | trim + '<|im_end|>' + '\\n' }}
     {%- endfor %}
     {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}""",
-  "white space of blocks": "  {% for m in messages %}\n  {{ m.content }}\n  {% endfor %}\n\n{# a comment #}\nassistant:\n",
+  "white space of blocks": "  {% for m in messages %}\n  {{ m.content }}\n  {% endfor %}\n\n{# a note #}\nspeak:\n",
   "a namespace": "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = true %}{% endfor %}"
   "{{ ns.found }}{{ messages[-1]['content'] }}",
   "loop controls": "{% for m in messages * 3 %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.content }}"
   "{% if loop.index == 3 %}{% break %}{% endif %}{% endfor %}",
   "JSON": "{{ messages | tojson }}{{ {'é': [1, '<']} | tojson(indent=2) }}{{ messages[0].content }}",
-  "special tokens": "{{ eos_token }}{{ pad_token }}{{ messages[0].content }}{{ bos_token is defined }}{{ tools is none }}",
+  "special tokens": "{{ eos_token }}{{ pad_token }}{{ messages[0].content }}{{ x is defined }}{{ tools is none }}",
   "generation": "{{ messages[0].content }}{% generation %}{{ 'x' }} y{% endgeneration %}{{ dict(a=1).a }}",
   "macros and slices": "{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(messages[0].content.split('+')[0]) }}"
   "{{ messages[::-1] | map(attribute='role') | join(',') }}{{ 'a' ~ 1 }}{{ [3, 1] | sort }}",
