@@ -15,7 +15,8 @@ from rredcot_jax.report import records
 
 def test_half_written_last_line_is_skipped(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  path.write_text('{"step": 0, "a": NaN}\n\n{"step": 1, "note": "\u2028"}\n{"step": 2, "tra')
+  # Neither U+2028 nor a carriage return ends a line.
+  path.write_bytes('{"step": 0, "a": NaN}\n\n{"step": 1,\r"note": "\u2028"}\n{"step": 2, "tra'.encode())
   assert [row["step"] for row in records.read_metrics(path)] == [0, 1]
   path.write_text('{"step": 0}\n{"step": 1, {"step": 2}\n[3]\n{"step": 4}\n')
   with pytest.warns(UserWarning) as warned:
@@ -62,7 +63,8 @@ def test_a_trace_by_hand():
   second = trace.segments[1]
   assert (second.index, second.start, second.end, second.first_wrong) == (1, 3, 6, True)
   assert (second.reward, second.before, second.after, second.advantage) == (-0.75, 0.75, 0.0, -1.5)
-  assert not trace.segments[0].first_wrong and trace.text == "3 + 4 = 7\n7 - 5 = 9\nanswer: 9"
+  assert [segment.first_wrong for segment in trace.segments] == [False, True, False]
+  assert trace.text == "3 + 4 = 7\n7 - 5 = 9\nanswer: 9"
   assert (trace.peak, trace.length, trace.is_right, trace.verdict) == (0.75, 8, False, "wrong")
   uneven = records.parse_trace(make_trace(advantages=[0.0, 0.0, 3.0, *[0.0] * 5]))
   assert uneven.segments[0].advantage == 1.0
@@ -70,8 +72,15 @@ def test_a_trace_by_hand():
 
 @pytest.mark.parametrize(
   ("return_", "verdict", "right"),
-  [(1, "correct", True), (2.0, "correct", True), (0.5, "partly right", True), (0.49, "partly right", False)]
-  + [(0, "wrong", False), (-1, "wrong", False), (None, "not judged", False)],
+  [
+    (1, "correct", True),
+    (2.0, "correct", True),
+    (0.5, "partly right", True),
+    (0.49, "partly right", False),
+    (0, "wrong", False),
+    (-1, "wrong", False),
+    (None, "not judged", False),
+  ],
 )
 def test_verdicts(return_, verdict, right):
   trace = records.parse_trace(make_trace(**{"return": return_}))

@@ -100,6 +100,8 @@ def test_bootstrap_interval_of_columns():
   ends = statistics.bootstrap_interval(values, resamples=1234)
   assert ends.shape == (2, 2, 3)
   np.testing.assert_allclose(ends[:, 1, 2], statistics.bootstrap_interval(values[:, 1, 2], resamples=1234))
+  np.testing.assert_array_equal(statistics.bootstrap_interval(values, resamples=1234), ends)
+  assert (statistics.bootstrap_interval(values, resamples=1234, seed=1) != ends).any()
   np.testing.assert_array_equal(statistics.bootstrap_interval(np.ones(5)), [1.0, 1.0])
   with pytest.raises(ValueError, match="at least 2 of them and there are 1"):
     statistics.bootstrap_interval(np.ones(1))

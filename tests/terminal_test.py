@@ -45,7 +45,9 @@ def test_escapes_are_neutralised_wherever_they_stand(field):
 
 
 def test_tints_are_those_of_the_rewards():
-  tints = re.findall(r"48;2;(\d+;\d+;\d+)m", terminal.render_terminal(make_trace(), color=True))
+  shown = terminal.render_terminal(make_trace(), color=True)
+  # Each row ends its own tint.
+  tints = re.findall(r"\x1b\[48;2;(\d+;\d+;\d+)m\x1b\[38;2;27;27;31m[^\x1b\n]*\x1b\[0m$", shown, re.MULTILINE)
   assert tints == ["206;228;241", "244;148;84", "255;255;255"]
 
 

@@ -17,6 +17,7 @@ ANY = st.text(st.characters(codec=None, exclude_categories=()))
 def test_visible_golden():
   assert text.visible(CONTROLS) == SHOWN
   assert text.visible("a\n\tb \u00a0\u3000\u00e9\u65e5") == "a\n\tb \u00a0\u3000\u00e9\u65e5"
+  assert text.visible("a\r\x0b\x0c\x85") == "a\\x0d\\x0b\\x0c\\x85"
   assert text.visible("\u200b\u2028\U000e0041\ue000") == "\\u200b\\u2028\\U000e0041\\ue000"
   assert text.visible(40) == "40"
 
@@ -61,8 +62,9 @@ def test_one_line_golden():
 
 @pytest.mark.parametrize("character", ["a", " ", "\n", "\x1b", "\t", "\ud800"])
 def test_a_megabyte_costs_no_more_than_what_is_shown(character):
+  big = character * 4 * MEGABYTE
   began = time.perf_counter()
-  assert len(text.wrap(character * 50 * MEGABYTE, 60, 4)) == 4
-  assert len(text.one_line(character * 50 * MEGABYTE, 60)) <= 60
-  assert len(text.shorten(character * 50 * MEGABYTE, 60)) < 100
-  assert time.perf_counter() - began < 3
+  assert len(text.wrap(big, 60, 4)) == 4
+  assert len(text.one_line(big, 60)) <= 60
+  assert len(text.shorten(big, 60)) < 100
+  assert time.perf_counter() - began < 1
