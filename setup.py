@@ -33,8 +33,6 @@ setuptools.setup(
       "ml-collections>=1.0",
       "absl-py>=2.1",
       "reasoning-gym>=0.1.25",
-      "math-verify>=0.8",
-      "sympy>=1.13.1",
       "mpmath>=1.3",
       "gguf>=0.17",
       "pyarrow>=17",

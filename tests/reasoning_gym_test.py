@@ -107,8 +107,46 @@ def test_scorers_differ_where_documented():
     return task.reward(dataclasses.replace(task[0], answer="5", entry={"answer": "5"}), "</think>" + response)
 
   assert score("6") == 0.0 and score("6", partial_credit=True) == 0.01
-  assert score("-5") == 1.0 and score("-5", scorer="numeric") == 0.0
+  assert score("-5") == 0.0 and score("5 or 7") == 0.0 and score("5 7", partial_credit=True) == 0.0
   assert score("5.0", scorer="numeric") == 1.0 and score("5.0", scorer="exact") == 0.0
+
+
+def guarded(dataset, **options):
+  task = reasoning_gym.ReasoningGym(dataset, split="train", size=100, **options)
+  return task, lambda example, answer: task.reward(example, "</think>" + answer)
+
+
+def test_guards_pay_every_gold_answer():
+  for dataset in ("gsm_symbolic", "knights_knaves", "word_sorting"):
+    task, score = guarded(dataset)
+    assert all(score(example, example.answer) == 1.0 for example in task)
+
+
+def test_knights_and_knaves_are_told_in_plain_clauses_or_not_at_all():
+  task, score = guarded("knights_knaves")
+  for example in (task[0], task[1], task[2]):
+    gold = example.answer
+    clauses = [clause.removeprefix("and ") for clause in gold.rstrip(".").split(", ")]
+    for right in (gold, gold.lower(), gold.rstrip("."), " and ".join(reversed(clauses)), ",  ".join(clauses)):
+      assert score(example, right) == 1.0, right
+    # What the library's scorer pays in full: words that it does not know.
+    for wrong in (
+      f"it is false that {gold}",
+      gold.replace(" is ", " said that nobody is ", 1).replace("nobody is", "is not nobody is"),
+      f"not: {gold}",
+      gold + " or not",
+      f"{gold} {gold}",
+      clauses[0],
+    ):
+      assert score(example, wrong) == 0.0, wrong
+
+
+def test_word_sorting_wants_all_words_and_no_more():
+  task, score = guarded("word_sorting")
+  example = task[0]
+  assert task._library.score_answer(example.answer + ", more", example.entry) == 1.0
+  assert score(example, example.answer + ", more") == 0.0
+  assert score(example, example.answer.replace(", ", ",")) == 1.0
 
 
 def test_a_longer_answer_that_holds_the_right_one_earns_nothing():

@@ -1,12 +1,10 @@
 import concurrent.futures
-import importlib.util
-import os
+import json
 import pathlib
-import signal
 import subprocess
 import sys
 import time
-from unittest import mock
+import tracemalloc
 
 import pytest
 from helpers import HOSTILE, MEGABYTE
@@ -58,6 +56,9 @@ def test_exact_match_reads_the_answer_and_not_the_thought():
     (".5", "0.5"),
     ("1e3", "1000"),
     ("007", "7"),
+    ("\N{EN DASH}5", "-5"),
+    ("\N{MINUS SIGN}5", "-5"),
+    ("\N{EURO SIGN}5", "5"),
   ],
 )
 def test_numeric_match_accepts_the_ways_to_write_a_number(response, answer):
@@ -206,114 +207,45 @@ def test_verifiers_are_found_by_name():
 
 
 # ---------------------------------------------------------------------------
-# Mathematics.
+# Mathematics. What is read, equal and simple enough is in mathematics_test.py.
 # ---------------------------------------------------------------------------
 
 THIRD = r"\frac{1}{3}"
-HOSTILE_MATH = {
-  "power": "9**9**9**9",
-  "latex power": "9^{9^{9^{9}}}",
-  "factorials": "9!!!!!!",
-  "matrix": r"\operatorname{zeros}(100000,100000)",
-  "nested": r"\frac{" * 100_000,
-  "boxes": r"\boxed{" * 100_000,
-  "braces": "{" * MEGABYTE,
-  "brackets": "(" * 400 + "1" + ")" * 400,
-  "brackets within bounds": "(" * 30 + "1" + ")" * 30,
-  "roots": r"\sqrt" * 200 + "2",
-  "minuses": "-" * 900 + "1",
-  "expansion": "(x+y+z)^{500}",
-  "exponent": "1e999999999",
-  "dollars": "$" * MEGABYTE,
-  "null": "\0" * 10,
-  "megabyte of null": "\0" * MEGABYTE,
-  "surrogates": "\ud800" * 10,
-  "code": "__import__('os').getpid()",
-  "empty": "",
-}
+PAIRS = [json.loads(line) for line in (pathlib.Path(__file__).parent / "data/verifiers/pairs.jsonl").open()]
+# As measured by benchmarks/verifiers.py.
+MOST_FALSE_POSITIVES, MOST_FALSE_NEGATIVES = 1, 6
 
 
-@pytest.fixture
-def judge_pid():
-  """The process id of the judge that the next call in this thread will use."""
-  assert verifiers.math_match(r"\boxed{0.333333333}", THIRD) == 1.0
-  return verifiers._JUDGES._idle[-1]._process.pid
+def boxed(answer):
+  return rf"thought</think>So \boxed{{{answer}}}."
 
 
-@pytest.fixture
-def no_judge(monkeypatch):
-  def equal(gold, answer):
-    raise AssertionError(f"The library was asked about {answer[:50]!r}.")
-
-  monkeypatch.setattr(verifiers._JUDGES, "equal", equal)
+def test_no_more_pairs_are_misjudged_than_were_measured():
+  assert min(sum(pair["kind"] == kind for pair in PAIRS) for kind in ("adversarial", "honest")) >= 300
+  wrong = [p for p in PAIRS if verifiers.math_match(boxed(p["answer"]), p["gold"]) != (p["kind"] == "honest")]
+  false_positives = [pair for pair in wrong if pair["kind"] == "adversarial"]
+  assert len(false_positives) <= MOST_FALSE_POSITIVES, false_positives
+  assert len(wrong) - len(false_positives) <= MOST_FALSE_NEGATIVES, wrong
 
 
 @pytest.mark.parametrize(
-  "response, answer",
+  "answer, gold",
   [
-    ("0.5", r"\frac{1}{2}"),
-    (r"\dfrac{1}{2}", r"\frac{1}{2}"),
-    (r"\frac12", "1/2"),
-    ("1/2", "0.5"),
-    (r"1\frac{1}{2}", "1.5"),
-    ("0.333333", THIRD),
+    (r"17\cdot 23", "391"),
+    ("x^2-4", "(x-2)(x+2)"),
+    ("(x-2)(x+2)", "x^2-4"),
     (r"\sqrt{117}", r"3\sqrt{13}"),
-    (r"\frac{1}{\sqrt2}", r"\frac{\sqrt{2}}{2}"),
-    ("x^2+2x+1", "(x+1)^2"),
-    ("x = 5", "5"),
-    ("5", "x=5"),
-    ("x = 3^2", "9"),
-    (r"5\text{ cm}", "5"),
-    ("5", r"5\text{ cm}"),
-    (r"90^\circ", "90"),
-    ("1,234", "1234"),
-    ("1{,}234", "1234"),
-    (r"1,\!234", "1234"),
-    (r"\$5", "5"),
-    ("\N{MINUS SIGN}5", "-5"),
-    ("\N{MINUS SIGN}\\frac{1}{2}", "-0.5"),
-    (r"50\%", "0.5"),
-    (r"50\%", "50"),
-    (r"\left(1, 2\right)", "(1,2)"),
-    (r"[0,\infty)", r"\left[0, \infty\right)"),
-    (r"\{2,1\}", r"\{1,2\}"),
-    ("3, 1, 2", "1,2,3"),
-    (r"[3,4]\cup[1,2]", r"[1,2]\cup[3,4]"),
-    (r"3+\sqrt2, 3-\sqrt2", r"3\pm\sqrt{2}"),
-    (r"\text{Evelyn}", "Evelyn"),
-    (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
-    ("$0.5$", r"$\frac{1}{2}$"),
-    (r"\int_0^1 x^2 dx", r"\frac{1}{3}"),
+    ("2x=10", "x=5"),
+    ("|x|<2", "(-2,2)"),
+    (r"\sin\frac{\pi}{6}", r"\frac{1}{2}"),
   ],
 )
-def test_math_match_accepts_what_is_equal(response, answer):
-  assert verifiers.math_match(rf"thought</think>So \boxed{{{response}}}.", answer) == 1.0
-  assert verifiers.math_match(f"thought</think>{response}", answer) == 1.0
-
-
-@pytest.mark.parametrize(
-  "response, answer",
-  [
-    ("2", "3"),
-    ("-5", "5"),
-    ("0.33", THIRD),
-    ("0.25", r"\frac{1}{2}"),
-    ("(2,1)", "(1,2)"),
-    ("(0,1)", "[0,1)"),
-    ("1,2", "1,2,3"),
-    ("1,2,3,4", "3"),
-    ("x^2+1", "(x+1)^2"),
-    ("y=5", "x=5"),
-    ("1", "2x+z=1"),  # Though `2x+z=1` answers 1: the gold answer goes first.
-    (r"\text{north}", r"\text{south}"),
-    ("no mathematics", "5"),
-    ("5", "no mathematics"),
-    ("5", ""),
-    ("5", "1" * (verifiers.MAX_ANSWER_CHARS + 1)),
-  ],
-)
-def test_math_match_rejects_what_is_not(response, answer):
-  assert verifiers.math_match(rf"thought</think>So \boxed{{{response}}}.", answer) == 0.0
+def test_the_question_handed_back_pays_only_where_any_form_does(answer, gold):
+  assert verifiers.math_match(boxed(answer), gold) == 0.0
+  assert verifiers.math_match(boxed(answer), gold, any_form=True) == (
+    0.0 if "<" in answer or answer == "2x=10" else 1.0
+  )
+  assert verifiers.math_match(boxed(gold), gold) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -323,242 +255,185 @@ def test_math_match_rejects_what_is_not(response, answer):
     (rf"\boxed{{2}} no: \boxed{{{THIRD}}}", 1.0),
     (rf"\boxed{{{THIRD}}} no: \boxed{{2}}", 0.0),
     (rf"\boxed{{{THIRD}}}</think>2", 0.0),
-    (r"\boxed{2}</think>The answer is $\frac{2}{6}$.", 1.0),
-    (r"</think>$\frac{2}{6}$", 1.0),
-    (r"</think>\(\frac{2}{6}\)", 1.0),
+    (rf"\boxed{{{THIRD}}}</think>", 0.0),
+    (r"\boxed{2}</think>The answer is $\frac{1}{3}$.", 1.0),
+    (r"</think>$\frac{1}{3}$", 1.0),
+    (r"</think>\(\frac{1}{3}\)", 1.0),
+    (rf"</think>{THIRD}", 1.0),
     (rf"{THIRD}", 0.0),
     (rf"</think>\boxed{{{THIRD}", 0.0),
     (rf"</think>{THIRD} \boxed{{}}", 0.0),
+    (r"</think>$2$ or $\frac{1}{3}$", 0.0),
+    (r"</think>$\frac{1}{3}$ or $2$", 0.0),
+    (r"</think>Since $x>0$, $x=\frac{1}{3}$.", 1.0),
+    (r"</think>It is $\frac{1}{3}$, not $2$.", 0.0),
   ],
 )
 def test_math_match_reads_the_box_and_else_the_final_answer(text, expected):
   assert verifiers.math_match(text, THIRD) == expected
 
 
-def test_equal_texts_and_plain_numbers_do_not_need_the_library(no_judge):
-  assert verifiers.math_match(rf"\boxed{{{THIRD}}}", THIRD) == 1.0
-  assert verifiers.math_match(rf"\boxed{{${THIRD}$}}", THIRD) == 1.0
-  assert verifiers.math_match(r"\boxed{1,234.50}", "1234.5") == 1.0
-  assert verifiers.math_match(r"\boxed{1234}", "1235") == 0.0
-  assert verifiers.math_match(r"\boxed{" + "(" * 33 + "1" + ")" * 33 + "}", "2") == 0.0
-  with pytest.raises(AssertionError, match="was asked"):
-    verifiers.math_match(r"\boxed{0.5}", r"\frac{1}{2}")
-
-
-@pytest.mark.parametrize("name", HOSTILE_MATH)
-def test_hostile_mathematics_is_wrong_and_the_next_answer_is_right(name, judge_pid):
-  hostile = HOSTILE_MATH[name]
-  start = time.perf_counter()
-  assert verifiers.math_match(rf"</think>\boxed{{{hostile}}}", THIRD) == 0.0
-  assert time.perf_counter() - start < 5.0
-  start = time.perf_counter()
-  assert verifiers.math_match(r"</think>\boxed{0.333333333}", THIRD) == 1.0
-  assert time.perf_counter() - start < 5.0
-  assert verifiers._JUDGES._idle[-1]._process.pid == judge_pid  # Nothing had to start again.
-
-
-def test_a_hostile_gold_answer_is_bounded_too(judge_pid):
-  assert verifiers.math_match(r"\boxed{\frac{1}{2}}", "9^{9^{9^{9}}}") == 0.0
-  assert verifiers.math_match(r"\boxed{\frac{1}{2}}", "{" * MEGABYTE) == 0.0
-
-
-def _nothing():
-  pass
-
-
-def _misbehave(gold, answer):
-  """Does what `gold` says; True if nothing stops it."""
-  if gold == "hang":
-    while True:
-      pass
-  elif gold == "hang in C":
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    9**9**9
-  elif gold == "allocate":
-    return len(bytearray(int(answer))) == int(answer)
-  elif gold == "abort":
-    os.abort()
-  elif gold == "raise":
-    raise RuntimeError(answer)
-  elif gold == "eval":
-    eval(answer)
-  elif gold == "exec":
-    exec(answer)
-  elif gold == "compile":
-    compile(answer, "<string>", "eval")
-  elif gold == "system":
-    os.system(answer)
-  elif gold == "write":
-    open(answer, "w").close()
-  elif gold == "read":
-    open(answer).close()
-  return True
-
-
-@pytest.fixture(scope="module")
-def misbehaving():
-  judge = verifiers._Judge(prepare=_nothing, equal=_misbehave, seconds=0.5, memory=1 << 30)
-  yield judge
-  judge.close()
+@pytest.mark.parametrize(
+  "text, expected",
+  [
+    ("42", "42"),
+    ("$42$", "42"),
+    ("**42**", "42"),
+    (r"\[ 42 \]", "42"),
+    ("$$42$$", "42"),
+    ("The final answer is: 42", "42"),
+    ("Answer: **42**", "42"),
+    ("the answer", "the answer"),
+    (r"\$5", r"\$5"),
+    ("$5", "$5"),
+    ("$1$ and $2$", "1 , 2"),
+    ("$1$, $2$ or $3$", "1 , 2 or 3"),
+    ("with $a$: $1$ or $2$", "1 or 2"),
+    ("they are $1$, $2$", "1 , 2"),
+    ("as $a$, $1$", "1"),
+    ("$5$ cm", r"5\text{ cm}"),
+    ("so $5$ cm", "5"),
+    ("first $1$ then $2$.", "2"),
+  ],
+)
+def test_the_mathematics_of_an_answer(text, expected):
+  assert verifiers.mathematics_of(text) == expected
 
 
 @pytest.mark.parametrize(
-  "gold, answer, verdict",
-  [
-    ("be good", "", True),
-    ("hang", "", False),
-    ("hang in C", "", False),
-    ("allocate", str(1 << 20), True),
-    ("allocate", str(1 << 30), False),
-    ("abort", "", False),
-    ("raise", "", False),
-    ("eval", "1", False),
-    ("exec", "1", False),
-    ("compile", "1", False),
-    ("system", "true", False),
-    ("read", "/dev/null", True),
-    ("write", "/dev/null", False),
-  ],
+  "missing", [None, "", " ", "</think>", "\ud800", "None", "null", "\\boxed{}", "\N{COMBINING ACUTE ACCENT}"]
 )
-def test_a_judge_outlives_whatever_an_answer_does(misbehaving, gold, answer, verdict):
-  start = time.perf_counter()
-  assert misbehaving.equal(gold, answer) == verdict
-  assert time.perf_counter() - start < 5.0
-  assert misbehaving.equal("be good", "") is True
+@pytest.mark.parametrize("match", [verifiers.exact_match, verifiers.numeric_match, verifiers.math_match])
+def test_no_answer_and_no_gold_answer_match_nothing_and_never_raise(match, missing):
+  assert match(missing, "5") == 0.0
+  assert match("</think>5", missing) == 0.0
+  assert match(missing, missing) in (0.0, 1.0)
+  assert verifiers.format_reward(missing) == 0.0
+  assert verifiers.final_answer(missing) is None
+  assert verifiers.composite(missing, "5", match=match, format_weight=0.5) == 0.0
 
 
-def test_the_real_judge_has_the_memory_bound(judge_pid):
-  limits = pathlib.Path(f"/proc/{judge_pid}/limits").read_text().splitlines()
-  space = next(line for line in limits if line.startswith("Max address space")).split()
-  assert space[3:5] == [str(verifiers.JUDGE_BYTES)] * 2
+HOSTILE_MATH = {
+  "power": "9**9**9**9",
+  "latex power": "9^{9^{9^{9}}}",
+  "powers in brackets": "((((9^{999})^{999})^{999})^{999})",
+  "factorials": "9!!!!!!",
+  "many factorials": "999!" * 250,
+  "many powers of ten": "10^{999}" * 120,
+  "root of digits": r"\sqrt{" + "9" * 1000 + "}",
+  "root of a product": r"\sqrt{" + r"9e999\cdot " * 90 + "1}",
+  "matrix": r"\operatorname{zeros}(100000,100000)",
+  "nested": r"\frac{" * 100_000,
+  "nested within bounds": r"\frac{1}{" * 100 + "x" + "}" * 100,
+  "boxes": r"\boxed{" * 100_000,
+  "braces": "{" * MEGABYTE,
+  "brackets": "(" * 400 + "1" + ")" * 400,
+  "brackets within bounds": "(" * 18 + "+x".join(["x"] * 200) + ")" * 18,
+  "roots": r"\sqrt" * 200 + "2",
+  "functions": r"\ln" * 300 + "x",
+  "slashes": "1/" * 500 + "1",
+  "minuses": "-" * 900 + "1",
+  "expansion": "(x+y+z)^{500}",
+  "list": ",".join(["x+1"] * 200),
+  "list within bounds": ",".join([r"\sin x"] * 32),
+  "unions": r"\cup".join(["(1,2)"] * 100),
+  "halves": "\N{VULGAR FRACTION ONE HALF}" * 1000,
+  "tower": r"+e^{e^{e^{x}}}" * 70,
+  "exponent": "1e999999999",
+  "dollars": "$" * MEGABYTE,
+  "open dollars": "$\\(" * 340,
+  "null": "\0" * 10,
+  "megabyte of null": "\0" * MEGABYTE,
+  "surrogates": "\ud800" * 10,
+  "code": "__import__('os').getpid()",
+  "empty": "",
+}
 
 
-_EVALUATED = r"""
-evaluated = []
-sys.addaudithook(lambda event, args: evaluated.append(str(args[0])) if event == "compile" else None)
-_equal("48151623", "48151623.5")
-_equal("\\frac{48151623}{2}", "48151623e3")
-_equal("48,151623\\%", "48,151,623")
-_equal("48151623", "__import__('os').system('touch 48151623')")
-_equal("x=48151623", "\\operatorname{__import__('os').system}(48151623)")
-print(sum("48" in text or "__import__" in text for text in evaluated))
+@pytest.mark.parametrize("name", HOSTILE_MATH)
+def test_hostile_mathematics_is_wrong_in_bounded_time_and_memory(name):
+  hostile = HOSTILE_MATH[name]
+  for gold in (THIRD, r"\sin x+\ln y", "(1,2)", "x,y"):
+    start = time.perf_counter()
+    assert verifiers.math_match(boxed(hostile), gold) == 0.0
+    assert verifiers.math_match(boxed(gold), hostile) == 0.0
+    assert time.perf_counter() - start < 5.0
+  tracemalloc.start()
+  verifiers.math_match(boxed(hostile), "x")
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 16 * MEGABYTE + 64 * len(hostile)
+
+
+_WATCHED = r"""
+import sys
+from rredcot_jax.data import verifiers
+from verifiers_test import HOSTILE_MATH, PAIRS, boxed
+
+verifiers.math_match(boxed("\\sin x+0.333333"), "\\ln x+1")  # Whatever is imported late is imported now.
+seen = []
+sys.addaudithook(lambda event, args: seen.append(event))
+for text in [*HOSTILE_MATH.values(), *(pair["answer"] for pair in PAIRS)]:
+  verifiers.math_match(boxed(text), "\\frac{1}{3}")
+  verifiers.math_match(boxed(text), "\\sin x")
+print(sorted(set(seen) - {"array.__new__", "builtins.id"}))
 """
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-def test_the_library_evaluates_no_text_once_it_is_prepared(prepared, tmp_path):
-  functions = (verifiers._equal, verifiers._prepare)
-  program = verifiers._source(functions, ("_prepare()" if prepared else "") + _EVALUATED)
+def test_no_answer_is_compiled_run_or_lets_anything_be_opened_or_started():
+  tests = pathlib.Path(__file__).parent
   result = subprocess.run(
-    [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120, cwd=tmp_path
+    [sys.executable, "-c", _WATCHED], capture_output=True, text=True, timeout=300, cwd=tests, check=False
   )
-  # Unprepared it does, which shows that this test can tell. Where a new version no longer does: `_prepare` can go.
-  assert (int(result.stdout) == 0) == prepared
-  assert not list(tmp_path.iterdir())
-
-
-def test_code_in_an_answer_is_not_run(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  for code in ("__import__('os').system('touch X')", "open('X','w')", r"\operatorname{open}('X','w')"):
-    assert verifiers.math_match(rf"\boxed{{{code}}}", "5") == 0.0
-  assert not list(tmp_path.iterdir())
-
-
-def test_a_judge_that_is_killed_from_outside_costs_no_answer(judge_pid):
-  os.kill(judge_pid, signal.SIGKILL)
-  assert verifiers.math_match(r"\boxed{0.5}", r"\frac{1}{2}") == 1.0
-  assert verifiers._JUDGES._idle[-1]._process.pid != judge_pid
-
-
-def _fail():
-  raise OSError("no such library")
-
-
-def test_a_judge_that_cannot_start_says_why():
-  with pytest.raises(RuntimeError, match="no such library"):
-    verifiers._Judge(prepare=_fail)
-
-
-def test_a_judge_ends_with_its_client():
-  judge = verifiers._Judge(prepare=_nothing, equal=_misbehave)
-  judge._connection.close()
-  assert judge._process.wait(timeout=10) == 0
-
-
-_RUN = r"""
-import os
-from rredcot_jax.tasks import verifiers
-assert verifiers.math_match(r"\boxed{0.5}", r"\frac{1}{2}") == 1.0
-pid = verifiers._JUDGES._idle[0]._process.pid
-child = os.fork()
-if child == 0:
-  ok = not verifiers._JUDGES._idle and verifiers.math_match(r"\boxed{0.5}", r"\frac{1}{2}") == 1.0
-  verifiers._JUDGES.close()
-  os._exit(0 if ok else 1)
-assert os.waitpid(child, 0)[1] == 0
-assert verifiers.math_match(r"\boxed{0.25}", r"\frac{1}{4}") == 1.0
-assert verifiers._JUDGES._idle[0]._process.pid == pid
-print(pid, *("jaxlib" in open(f"/proc/{process}/maps").read() for process in ("self", pid)))
-"""
-
-
-def test_a_run_ends_and_takes_its_judges_along_and_forks_get_their_own():
-  root = pathlib.Path(verifiers.__file__).parents[2]
-  result = subprocess.run([sys.executable, "-c", _RUN], capture_output=True, text=True, timeout=120, cwd=root)
   assert result.returncode == 0, result.stderr
-  pid, *has_jax = result.stdout.split()
-  assert has_jax == ["True", "False"]  # The run's own process has, its judge has not.
-  assert not pathlib.Path(f"/proc/{pid}").exists()
-
-
-def test_math_verify_is_asked_for_by_name_where_it_is_missing(monkeypatch):
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ImportError, match="pip install math-verify"):
-    verifiers.math_match(r"\boxed{2}", "2")
+  assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_threads_get_the_verdicts_of_their_own_answers():
-  expected = [float(i % 3 == 0) for i in range(48)]
+  expected = [float(i % 3 == 0) for i in range(200)]
 
   def verdict(i):
-    response = f"{2 * i + 1}.50" if expected[i] else ("9^{9^{9^{9}}}" if i == 7 else f"{i}.25")
-    return verifiers.math_match(rf"\boxed{{x={response}}}", rf"\frac{{{4 * i + 3}}}{{2}}")
+    value = f"{i}\\sqrt{{2}}+\\ln{{{i + 2}}}" if expected[i] else f"{i}\\sqrt{{3}}+\\ln{{{i + 2}}}"
+    return verifiers.math_match(boxed(value), f"\\ln({i + 2})+\\sqrt{{2}}\\cdot {i}")
 
   with concurrent.futures.ThreadPoolExecutor(6) as pool:
-    assert list(pool.map(verdict, range(48))) == expected
-  assert len(verifiers._JUDGES._idle) <= verifiers.MAX_JUDGES
+    assert list(pool.map(verdict, range(2, 200))) == expected[2:]
 
 
-@given(st.text(), st.text())
+_TEXT = st.text() | st.text(alphabet="0123456789xy+-*/^_=<>()[]{}|\\$%,.;:!&° ")
+
+
+@given(_TEXT, _TEXT)
 def test_any_text_gets_a_verdict_of_every_kind(text, answer):
-  with mock.patch.object(verifiers._JUDGES, "equal", return_value=False):
-    for response in (text, "</think>" + text, rf"\boxed{{{text}}}"):
-      assert verifiers.math_match(response, answer) in (0.0, 1.0)
-      assert verifiers.format_reward(response) in (0.0, 1.0)
-      assert 0.0 <= verifiers.composite(response, answer, match=verifiers.math_match, format_weight=0.1) <= 1.0
+  for response in (text, "</think>" + text, rf"\boxed{{{text}}}"):
+    assert verifiers.math_match(response, answer) in (0.0, 1.0)
+    assert verifiers.math_match(response, answer, any_form=True) in (0.0, 1.0)
+    assert verifiers.format_reward(response) in (0.0, 1.0)
+    assert 0.0 <= verifiers.composite(response, answer, match=verifiers.math_match, format_weight=0.1) <= 1.0
 
 
-_PIECES = ("1", "2.5", "x", "+", "-", "/", "=", ",", "(", ")", "[", "]", "{", "}", r"\frac", r"\sqrt", "^", "_", "\\")
-_PIECES += (
-  r"\text",
-  r"\%",
-  "$",
-  "\0",
-  "\ud800",
-  "\n",
-  r"\begin{pmatrix}",
-  r"\end{pmatrix}",
-  r"\left",
-  "<",
-  r"\pi",
-  " ",
+@given(_TEXT.filter(str.strip))
+def test_a_gold_answer_matches_itself(text):
+  text = text.strip()
+  if verifiers.mathematics_of(text) and "\\boxed" not in text and "</think>" not in text:
+    assert verifiers.math_match("</think>" + text, text) == 1.0
+
+
+_PIECES = (
+  r"1 2.5 0.333333 9e999 10^{999} 999! x y e i + - * / = , ( ) [ ] { } \{ \} | ^ _ \ \\ & < : ! ' ° ½ ² \frac \sqrt"
+  r" \sin \ln \log_ \binom \text{cm} \% $ \pm \cup \setminus \mathbb{R} \in \infty \pi \begin{pmatrix} \end{pmatrix} f("
+).split()
+_PIECES += [" ", "\n", "\0", "\ud800", " or ", "1,234"]
+_GOLDS = [THIRD, r"\sin x+\ln y", "(1,2)", "x=5", r"\{1,2\}", r"x>2", "5\\text{ cm}", "(x+1)(x-2)", r"\pm 2", "3:4"]
+
+
+@settings(max_examples=200)
+@given(
+  st.lists(st.sampled_from(_PIECES), min_size=1, max_size=30).map("".join), st.sampled_from(_GOLDS), st.integers(1, 300)
 )
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.sampled_from(_PIECES), min_size=1, max_size=12).map("".join))
-def test_the_judge_has_a_verdict_on_any_text(text):
-  pids = [judge._process.pid for judge in verifiers._JUDGES._idle]
-  assert verifiers._JUDGES.equal(THIRD, text) in (True, False)
-  assert verifiers._JUDGES.equal(text, THIRD) in (True, False)
-  assert not pids or [judge._process.pid for judge in verifiers._JUDGES._idle] == pids
+def test_any_mathematics_gets_a_verdict_soon(text, gold, times):
+  start = time.perf_counter()
+  for answer in (text, (text * times)[: verifiers.MAX_ANSWER_CHARS]):
+    assert verifiers.math_match(boxed(answer), gold) in (0.0, 1.0)
+    assert verifiers.math_match(boxed(gold), answer) in (0.0, 1.0)
+  assert time.perf_counter() - start < 10.0

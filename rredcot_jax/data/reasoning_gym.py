@@ -9,7 +9,8 @@ four). No question is in both, for any seed, size and options of the two.
 Scorers. The library's scorers were written for trusted text: some evaluate the
 answer as Python. Only data sets with the base class's scorer (a comparison of
 strings) or with one that has been read and found safe are offered, and a scorer
-sees the final answer only, never the thought.
+sees the final answer only, never the thought. Where a scorer pays for more than the
+right answer, a guard of ours has to agree with it (`_GUARDS`).
 
 Examples whose gold answer its own scorer does not give full marks are left out:
 in them no policy could be right.
@@ -19,7 +20,7 @@ import dataclasses
 import hashlib
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -51,6 +52,34 @@ _SCORER_READ = frozenset(
   zebra_puzzles
   """.split()
 )
+
+_CLAUSE = r"[^\W\d_]+\s+is\s+an?\s+[^\W\d_]+"
+_CLAUSES = re.compile(rf"{_CLAUSE}(?:\s*(?:,\s*and|,|\band)\s+{_CLAUSE})*\s*\.?", re.IGNORECASE)
+
+
+def _is_the_number(answer: str, entry: Mapping[str, Any]) -> bool:
+  """gsm_symbolic's scorer takes the first number in the answer, so that `5 or 7` is paid for 5, and loses its sign."""
+  number = verifiers.parse_number(answer)
+  return number is not None and number == verifiers.parse_number(str(entry["answer"]))
+
+
+def _says_nothing_else(answer: str, entry: Mapping[str, Any]) -> bool:
+  """knights_knaves' scorer drops words that it does not know, such as those of `it is false that A is a knight`."""
+  clauses = _CLAUSES.fullmatch(answer)
+  return clauses is not None and len(re.findall(_CLAUSE, answer, re.IGNORECASE)) == len(entry["metadata"]["names"])
+
+
+def _has_as_many_words(answer: str, entry: Mapping[str, Any]) -> bool:
+  """word_sorting's scorer compares as many words as there should be and reads no further."""
+  return len(answer.split(",")) == len(entry["metadata"]["sorted_words"])
+
+
+# What has to hold beside full marks of the library's scorer, where that can be cheated.
+_GUARDS: Mapping[str, Callable[[str, Mapping[str, Any]], bool]] = {
+  "gsm_symbolic": _is_the_number,
+  "knights_knaves": _says_nothing_else,
+  "word_sorting": _has_as_many_words,
+}
 
 _EVALUATES = "its scorer evaluates the answer as Python"
 _PARSES = "its scorer hands the answer to sympy's parser, which evaluates it as Python"
@@ -87,7 +116,6 @@ class ReasoningGym:
     scorer: what judges a final answer. "library": the data set's own scorer.
       "numeric" and "exact": `verifiers.numeric_match` and `verifiers.exact_match`
       against the gold answer; "package.module:function" of one's own likewise.
-      (The own scorer of gsm_symbolic takes the first number that it finds and loses its sign.)
     partial_credit: whether the library's scores between 0 and 1 are passed on.
       Off, they count as 0: the base class pays 0.5 for "42" where "4" is right,
       and gsm_symbolic 0.01 for any number.
@@ -174,10 +202,11 @@ class ReasoningGym:
       return 0.0
     try:
       score = float(self._library.score_answer(answer, example.entry))
+      if score == 1.0:
+        guard = _GUARDS.get(self.name.removeprefix("reasoning_gym/"))
+        return 1.0 if guard is None or guard(answer, example.entry) else 0.0
     except Exception:  # A scorer trips over text that it cannot read: a wrong answer, and no reason to end a run.
       return 0.0
-    if score == 1.0:
-      return 1.0
     return score if self._partial_credit and 0.0 <= score < 1.0 else 0.0
 
 

@@ -39,6 +39,8 @@ _LOOKS = re.compile(
   r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|angle|triangle|therefore|rm)(?![A-Za-z])\.?"
 )
 _DEGREE = re.compile(r"(?:\{\s*\})?\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
+_PRIMES = re.compile(r"\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z]))")
+_HALF_DAY = re.compile(r"(?<![A-Za-z])([apAP])\.\s*[mM]\.?(?![A-Za-z])")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 
 
@@ -47,7 +49,8 @@ def to_latex(text: str) -> str:
   text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
   text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_SUBSCRIPTS) + "}", text)
   text = text.translate(_CHARACTERS)
-  text = _DEGREE.sub("°", text)
+  text = _DEGREE.sub("°", _HALF_DAY.sub(r"\1m", text))
+  text = _PRIMES.sub(lambda match: "'" * match[0].count("prime"), text)
   text = _LOOKS.sub(" ", text)
   text = text.replace(r"\|", r"\Vert ").replace(r"\lvert", "|").replace(r"\rvert", "|")
   return _TIMES_TEN.sub(r" \\times ", text).replace("**", "^")
@@ -83,10 +86,10 @@ _CURRENCIES = {
   "\\$": "dollar", "$": "dollar", "\\euro": "euro", "€": "euro", "\\pounds": "pound sterling", "£": "pound sterling",
   "¥": "yen", "₹": "rupee", "¢": "cent",
 }  # fmt: skip
-# Commands that read as signs, and signs with more than one spelling.
+# Commands that read as signs.
 _AS_SIGNS = {
   "cdot": "*", "times": "*", "ast": "*", "div": "/", "colon": ":", "vert": "|", "mid": "mid", "lbrack": "[",
-  "rbrack": "]", "prime": "'", "{": "{{", "}": "}}", "%": "%", "\\": "\\\\", ":=": "=",
+  "rbrack": "]", "prime": "'", "{": "{{", "}": "}}", "%": "%", "\\": "\\\\",
   "lt": "<", "gt": ">", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=",
   "ne": "!=", "neq": "!=", "in": "in", "approx": "~", "simeq": "~", "cup": "cup", "setminus": "setminus",
   "backslash": "setminus", "pm": "pm", "mp": "mp",
@@ -99,8 +102,8 @@ _ALIASES = {
 FUNCTIONS = frozenset(
   "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh ln log exp".split()
 )  # fmt: skip
-# Words that need no backslash to be commands.
-_COMMAND_WORDS = FUNCTIONS | {"asin", "acos", "atan", "lg", "pi", "sqrt", "inf", "infty", "infinity"}
+# Words that need no backslash to be commands. `sec` stands for seconds.
+_COMMAND_WORDS = FUNCTIONS - {"sec"} | {"asin", "acos", "atan", "lg", "pi", "sqrt", "inf", "infty", "infinity"}
 _CONNECTIVES = ("and", "or")
 
 
@@ -152,7 +155,7 @@ def _token(match: re.Match[str], spaced: bool) -> Token:
   if match["number"]:
     return Token("number", match["number"], spaced)
   if match["text"]:
-    return _text_token(match["text"], match["content"].strip(), spaced)
+    return _text_token(match["text"], match["content"].replace("~", " "), spaced)
   if match["edge"]:
     return Token(match["edge"], match["environment"], spaced)
   if match["currency"]:
@@ -162,7 +165,7 @@ def _token(match: re.Match[str], spaced: bool) -> Token:
     return Token("sign", _AS_SIGNS[name], spaced) if name in _AS_SIGNS else _command(name, spaced)
   if match["word"]:
     return _word_token(match["word"], spaced)
-  return Token("sign", ":" if match["sign"] == ":" else _AS_SIGNS.get(match["sign"], match["sign"]), spaced)
+  return Token("sign", "=" if match["sign"] == ":=" else match["sign"], spaced)
 
 
 def _command(name: str, spaced: bool) -> Token:
@@ -170,16 +173,17 @@ def _command(name: str, spaced: bool) -> Token:
 
 
 def _text_token(command: str, content: str, spaced: bool) -> Token:
+  words = content.strip()
   if command == "mathbb":
-    return Token("command", "reals" if content == "R" else "mathbb", spaced)
-  if content in _COMMAND_WORDS:
-    return _command(content, spaced)
-  if re.fullmatch(PLAIN_NUMBER, content, re.ASCII):
-    return Token("number", content, spaced)
+    return Token("command", "reals" if words == "R" else "mathbb", spaced)
+  if words in _COMMAND_WORDS or (command.startswith("operatorname") and words in FUNCTIONS):
+    return _command(words, spaced)
+  if re.fullmatch(PLAIN_NUMBER, words, re.ASCII):
+    return Token("number", words, spaced)
   if len(content) == 1 and content.isalpha() and not command.startswith(("text", "mbox", "hbox")):
-    return Token("symbol", content, spaced)
-  connective = content.lower().strip(" ,.")
-  return Token("sign", connective, spaced) if connective in _CONNECTIVES else Token("text", content, spaced)
+    return Token("symbol", content, True)  # As a unit it needs no space before it.
+  connective = words.lower().strip(" ,.")
+  return Token("sign", connective, spaced) if connective in _CONNECTIVES else Token("text", words, spaced)
 
 
 def _word_token(word: str, spaced: bool) -> Token:
