@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pathlib
 import re
 
 import hypothesis
@@ -9,8 +10,12 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
+import rredcot_jax
 from rredcot_jax.ops import anatomy
+
+ASSETS = pathlib.Path(rredcot_jax.__file__).parent / "assets"
 
 T = 12
 MARKER = "</think>"
@@ -179,6 +184,26 @@ def test_every_way_to_split_the_marker_is_found(splits, before, after):
   vocab = sorted(set(texts))
   ids = [vocab.index(text) for text in texts]
   assert places(ids, anatomy.exit_table(vocab, MARKER), width=16) == (before, before + len(pieces))
+
+
+@functools.cache
+def byte_level():
+  """A byte-level BPE, which has the marker as a token of its own, and its table."""
+  tokenizer = tokenizers.Tokenizer.from_file(str(ASSETS / "gsm_symbolic" / "tokenizer.json"))
+  texts = [tokenizer.decode([token], skip_special_tokens=False) for token in range(tokenizer.get_vocab_size())]
+  return tokenizer, texts, anatomy.exit_table(texts, MARKER)
+
+
+@pytest.mark.parametrize("before", ["", "So 7 + 1 = 8.\n", "caf\u00e9 \u601d </", "</think", "<"])
+@pytest.mark.parametrize("after", ["", "\n\nThe answer is 8.", ">", " </think>"])
+def test_a_byte_level_vocabulary_is_searched_as_its_text_is(before, after):
+  tokenizer, texts, table = byte_level()
+  encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+  for split in range(len(MARKER)):  # At 0 the marker is the token of that name.
+    ids = [*encode(before), *encode(MARKER[:split]), *encode(MARKER[split:]), *encode(after)]
+    found = places(ids, table, width=48)
+    assert found == oracle([texts[token] for token in ids], MARKER), ids
+    assert found[0] < len(ids)
 
 
 # ------------------------------------------------------------- spellings
