@@ -221,6 +221,7 @@ def importance_weights(
   """
   names.check_option("level", level, IMPORTANCE_LEVELS[1:])
   checks.check_number("cap", cap, lambda x: x > 0, "be > 0: it is the largest importance weight.")
+  _check_tokens(mask, old_log_probs=old_log_probs, sampler_log_probs=sampler_log_probs)
   log_weights = jax.lax.stop_gradient(log_ratio(old_log_probs, sampler_log_probs, mask))
   if level == "sequence":
     log_weights = jnp.broadcast_to(_limit(jnp.sum(log_weights, axis=1, keepdims=True)), mask.shape)
