@@ -8,7 +8,6 @@ metrics.jsonl, tensorboard/, traces.jsonl, checkpoints/ and report.html there.
 The loop itself is rredcot_jax/train/loop.py.
 """
 
-import pathlib
 import sys
 from typing import Any
 
@@ -26,17 +25,19 @@ STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Exit status of a run
 
 
 def main(_: Any) -> None:
-  config, workdir, command = CONFIG.value, pathlib.Path(launch.WORKDIR.value), launch.command()
-  validation.validate(config)
-  launch.join_processes(config)
+  config, command = CONFIG.value, launch.command()
+  workdir = workdir_lib.check_path(launch.WORKDIR.value)
+  launch.join_processes(config, workdir, lambda: validation.validate(config))
   with processes.StopNotice() as notice, processes.stops_with_the_others(command):
-    workdir_lib.claim(workdir, config, command, resume=RESUME.value)
-    finished = loop.run(config, workdir, notice=notice)
+    fingerprints = {"code": workdir_lib.hash_of_code()}
+    with workdir_lib.claim(workdir, config, command, resume=RESUME.value, fingerprints=fingerprints) as claim:
+      finished = loop.run(config, workdir, notice=notice, claim=claim)
   if not finished:
     loop.say(f"told to stop ({notice.reason or 'another process was'}): saved. Resume with\n  {command}")
     sys.exit(STOPPED_STATUS.value)
   if processes.is_main():
-    page.write_report({workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None)
+    with workdir_lib.writing(workdir / "report.html"):
+      page.write_report({workdir.name: workdir}, workdir / "report.html", title=f"Run {workdir.name}", summary=None)
     print(f"report: {workdir / 'report.html'}")
 
 

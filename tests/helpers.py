@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import resource
 
 import jax
 import numpy as np
@@ -180,3 +181,33 @@ def compilations():
       yield compiled
     finally:
       jax.monitoring.unregister_event_duration_listener(note)
+
+
+# ---- Faults ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_disk(limit=20_000):
+  """No file may grow beyond `limit` bytes: writes fail as on a full disk, without being root."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def reward_of_length(self, example, text):
+  """In place of the verifier, which would give random weights nothing, so that nothing would move."""
+  return float(len(text) % 3 == 0)
+
+
+def check_moved(workdir, config):
+  """Asserts that a run has learnt something: without this, equal parameters may be those that it began with."""
+  lines = [line for line in untimed(workdir) if "train/reward" in line]
+  assert len({line["train/reward"] for line in lines}) > 1
+  assert sum(line["train/gradient_norm"] > 0 for line in lines) > len(lines) / 2
+  state, _ = saved_params(workdir, config.num_steps, config)
+  start = Experiment(config).start_params(jax.random.split(jax.random.key(config.seed), 3)[0])
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, jax.device_get(start))
+  assert all(jax.tree.leaves(moved)), moved

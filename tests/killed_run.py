@@ -19,19 +19,21 @@ import sys
 import time
 
 import tiny_config
-import train
+from helpers import reward_of_length
 from ml_collections import ConfigDict
 
 from rredcot_jax.data import judging
-from rredcot_jax.train import checkpoint
+from rredcot_jax.data.chain import Chain
+from rredcot_jax.train import checkpoint, loop, workdir
 
 
 def get_config(kills: int) -> ConfigDict:
   """Steps of a few milliseconds that still go through scoring, update and checkpoint, and enough of them."""
   config = tiny_config.get_config("rredcot")
-  config.initial_params = ""
+  config.initial_params, config.tokenizer.path = "", "chain"
   config.model.update({"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 16})
-  config.loss.kl = "off"
+  config.loss.kl, config.loss.kl_coefficient = "off", 0.0
+  config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 1  # So that every step moves the next one.
   config.rollout.max_tokens, config.rollout.prompts_per_step, config.rollout.group_size = 8, 2, 2
   config.evaluation.num_prompts, config.evaluation.samples, config.evaluation.rows = 2, 2, 4
   config.checkpoint.every = 1
@@ -40,8 +42,8 @@ def get_config(kills: int) -> ConfigDict:
   return config
 
 
-def live(workdir: pathlib.Path, config: ConfigDict, events: int, most: float) -> None:
-  """Runs or resumes `workdir`; writes a byte to `events` in each step ("s") and when a save goes on behind ("c").
+def live(directory: pathlib.Path, config: ConfigDict, events: int, most: float) -> None:
+  """Runs or resumes `directory`; writes a byte to `events` in each step ("s") and when a save goes on behind ("c").
 
   In step number `most` it waits for its end, so that a machine too busy to kill it in time does not let it finish.
   """
@@ -61,15 +63,16 @@ def live(workdir: pathlib.Path, config: ConfigDict, events: int, most: float) ->
 
   judging.returns_of = announced(judging.returns_of, b"s")
   checkpoint.Checkpointer.save = announced(checkpoint.Checkpointer.save, b"c")
-  train.claim_workdir(workdir, config, "test", resume=True)
-  train.run(config, workdir)
+  Chain.reward = reward_of_length
+  with workdir.claim(directory, config, "test") as claim:
+    loop.run(config, directory, claim=claim)
 
 
-def life(workdir: pathlib.Path, config: ConfigDict, kill: tuple[str, int, float] | None) -> tuple[int, float]:
+def life(directory: pathlib.Path, config: ConfigDict, kill: tuple[str, int, float] | None) -> tuple[int, float]:
   """Forks a life and kills it.
 
   Args:
-    workdir, config: of its run.
+    directory, config: of its run.
     kill: (kind of event, count, seconds): so long after that event; ("", 0, seconds): so long after
       its birth, though not later than in its third step; None lets it come to its end.
 
@@ -80,11 +83,11 @@ def life(workdir: pathlib.Path, config: ConfigDict, kill: tuple[str, int, float]
   child = os.fork()
   if not child:
     os.close(reading)
-    log = os.open(workdir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(directory.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-      live(workdir, config, writing, 3 if kill else math.inf)
+      live(directory, config, writing, 3 if kill else math.inf)
     except BaseException:
       sys.excepthook(*sys.exc_info())
       os._exit(1)
@@ -113,14 +116,14 @@ def main() -> None:
   directory, kills, draw = pathlib.Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
   config = get_config(kills)
   status, second_step = life(directory / "whole", config, None)
-  workdir, statuses, moments, half_written = directory / "killed", [status], [], 0
+  killed, statuses, moments, half_written = directory / "killed", [status], [], 0
   for number in range(kills):
     # By the clock: what is compiled by now is not compiled again, so that half of the time suffices.
     kind, count = (("c", draw.randint(1, 2)), ("s", draw.randint(1, 2)), ("", 0))[number % 3]
     moments.append((kind, count, draw.uniform(0, 0.03 if kind else second_step / 2)))
-    statuses.append(life(workdir, config, moments[-1])[0])
-    half_written += len([*(workdir / "checkpoints").glob("*tmp*")])
-  statuses.append(life(workdir, config, None)[0])
+    statuses.append(life(killed, config, moments[-1])[0])
+    half_written += len([*(killed / "checkpoints").glob("*tmp*")])
+  statuses.append(life(killed, config, None)[0])
   print(json.dumps({"statuses": statuses, "moments": moments, "half_written": half_written}))
 
 

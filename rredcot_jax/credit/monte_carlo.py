@@ -149,8 +149,7 @@ def values_by_generation(
     )
   began = time.perf_counter()
   batch = len(returns)
-  everything = np.arange(batch)
-  rows = processes.Rows(batch, everything, everything) if mesh is None else processes.rows_of(mesh, batch)
+  rows = processes.every_row(batch) if mesh is None else processes.rows_of(mesh, batch)
   # From here on arrays on the host are of the rows that this process judges.
   on_host = lambda tree: jax.tree.map(lambda x: x[rows.judged], processes.to_host(mesh, tree))
   traces, segments_here = on_host((rollout.tokens, segments))

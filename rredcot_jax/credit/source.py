@@ -25,7 +25,7 @@ from rredcot_jax.data.tasks import Example, Task
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.ops import banks, types
-from rredcot_jax.parallel import sharding
+from rredcot_jax.parallel import processes, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +64,38 @@ class Setting:
 
   def make_bank(self, batch: "Batch") -> banks.Bank:
     """The configured bank of this process's rows, on the host."""
+    share = batch.share
+    if share is None or not share.split:
+      return self._bank(batch.examples, batch.rollout_here, batch.segments_here, batch.returns[batch.rows])
+    # A group at a time, with its traces that other processes hold; the rows of a group have one example.
+    example_of = dict(zip((share.here // self.group_size).tolist(), batch.examples))
+    traces, segments = share.with_groups((batch.rollout_here, batch.segments_here))
+    parts = []
+    for first in range(0, len(share.around), self.group_size):
+      rows = share.around[first : first + self.group_size]
+      of_group = lambda tree, first=first: jax.tree.map(lambda x: x[first : first + self.group_size], tree)
+      examples = [example_of[rows[0] // self.group_size]] * self.group_size
+      made = self._bank(examples, of_group(traces), of_group(segments), batch.returns[rows])
+      here = np.flatnonzero(np.isin(rows, share.here))
+      # What is left out is counted by the process that judges the group's first trace.
+      dropped = made.num_dropped if share.judges[rows[0]] == jax.process_index() else 0
+      completions = jax.tree.map(lambda x, here=here: x[here], made.completions)
+      parts.append(banks.Bank(completions, made.fallback[here], dropped))
+    join = lambda *each: np.concatenate(each)
+    return banks.Bank(
+      jax.tree.map(join, *(part.completions for part in parts)), join(*(part.fallback for part in parts)),
+      sum(part.num_dropped for part in parts),
+    )  # fmt: skip
+
+  def _bank(
+    self, examples: Sequence[Example], traces: types.Rollout, segments: types.Segments, returns: np.ndarray
+  ) -> banks.Bank:
     aligned = bool(getattr(self.task, "aligned", False))
-    references = [self.codec.reference(example, aligned=aligned) for example in batch.examples]
+    references = [self.codec.reference(example, aligned=aligned) for example in examples]
     return banks.make_bank(
-      self.bank.name, references, batch.rollout_here, batch.segments_here, batch.returns[batch.rows],
-      self.codec.tables.newlines, group_size=self.group_size, bank_size=self.bank.size,
-      max_tokens=self.bank.max_tokens, scored=self.bank.scored, fallback=self.bank.fallback,
-      with_failures=self.bank.form == "self_normalised",
+      self.bank.name, references, traces, segments, returns, self.codec.tables.newlines,
+      group_size=self.group_size, bank_size=self.bank.size, max_tokens=self.bank.max_tokens,
+      scored=self.bank.scored, fallback=self.bank.fallback, with_failures=self.bank.form == "self_normalised",
     )  # fmt: skip
 
   def put(self, tree: Any) -> Any:
@@ -91,6 +116,7 @@ class Batch:
   key: chex.PRNGKey  # Of this batch; read by what draws.
   state: Any = None  # What the source has learnt so far; see `Source.init_state`.
   here: np.ndarray | None = None  # Which rows are this process's; None is all.
+  share: processes.Rows | None = None  # How rows are shared out, where there are several processes.
   on_host: tuple[types.Rollout, types.Segments] | None = None  # This process's rows, where they are there already.
 
   @property

@@ -151,7 +151,7 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
     for leaf in jax.tree.leaves(tree):
       check_rows(mesh, leaf.shape[0])
     return jax.device_put(tree, place)
-  parts = _parts(mesh)
+  parts = row_parts(mesh)
   indices: Any = place.addressable_devices_indices_map((parts,)).values()
   here = sorted({part.start or 0 for (part,) in indices})
 
@@ -173,9 +173,9 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
 
 def check_rows(mesh: Mesh, count: int) -> None:
   """Raises ValueError if a batch of `count` rows does not split over the data axes."""
-  if count % _parts(mesh):
+  if count % row_parts(mesh):
     raise ValueError(
-      f"a batch of {count} rows does not split over {_parts(mesh)} devices: change "
+      f"a batch of {count} rows does not split over {row_parts(mesh)} devices: change "
       "rollout.prompts_per_step, rollout.group_size or the mesh."
     )
 
@@ -192,7 +192,8 @@ def put_state(placement: Any, tree: Any) -> Any:
   return jax.tree.map(put, tree, placement)
 
 
-def _parts(mesh: Mesh | AbstractMesh) -> int:
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
+  """Into how many pieces the rows of a batch are split."""
   return int(np.prod([mesh.shape[axis] for axis in _BATCH_AXES]))
 
 

@@ -96,11 +96,11 @@ def judged_batches(
     raise ValueError(f"evaluation.num_prompts={num_prompts} must lie in [1, {len(task)}], the task's held-out prompts.")
   if first % rows and first != total:
     raise ValueError(f"first={first} must be a multiple of evaluation.rows={rows}.")
-  share = processes.rows_of(mesh, rows)
+  share = processes.rows_of(mesh, rows, pad=True)
   for start in range(first, total, rows):
     places = [divmod(i, samples) for i in range(start, min(start + rows, total))]
     examples = [task[prompt] for prompt, _ in places]
-    filled = examples + [examples[-1]] * (rows - len(examples))
+    filled = examples + [examples[-1]] * (share.count - len(examples))
     mine = [filled[row] for row in share.here]
     prompts = sharding.put_batch(mesh, batching.prompt_arrays(codec, mine, max_prompt_tokens))
     with sharding.use(mesh):

@@ -4,12 +4,14 @@ import importlib.util
 import pathlib
 import shlex
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from rredcot_jax.parallel import processes
+from rredcot_jax.train import workdir as workdir_lib
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the run.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the other processes of this run by itself, on a TPU pod.")
@@ -18,11 +20,20 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes 
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
 
 
-def join_processes(config: ConfigDict) -> None:
-  """Starts what connects this process with the others that the flags or the environment name."""
+def join_processes(
+  config: ConfigDict, workdir: pathlib.Path | None = None, check: Callable[[], object] = lambda: None
+) -> None:
+  """Starts what connects this process with the others that the flags or the environment name.
+
+  Args:
+    config, workdir: of the run; the processes compare them, and their code.
+    check: raises ValueError where this process must not start; the others are told.
+  """
+  facts = {"config": config.to_dict(), "workdir": str(workdir), "code": workdir_lib.hash_of_code()}
   processes.start(
     coordinator=COORDINATOR.value, num_processes=NUM_PROCESSES.value, process_id=PROCESS_ID.value,
     detect=DISTRIBUTED.value, heartbeat_seconds=config.distributed.heartbeat_seconds,
+    facts=facts, check=check,
   )  # fmt: skip
 
 

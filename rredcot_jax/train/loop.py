@@ -5,7 +5,6 @@ uninterrupted run bit for bit: all randomness is a function of the seed, the ste
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import time
@@ -22,18 +21,25 @@ from rredcot_jax.data import batching, judging, tasks
 from rredcot_jax.data.encoding import Codec
 from rredcot_jax.ops import composition, losses, types
 from rredcot_jax.parallel import processes, sharding
-from rredcot_jax.report import records
 from rredcot_jax.train import checkpoint, evaluation, metrics, preflight, trace_records
+from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, *, notice: processes.StopNotice | None = None) -> bool:
+def run(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  *,
+  notice: processes.StopNotice | None = None,
+  claim: workdir_lib.Claim | None = None,
+) -> bool:
   """The whole of training; see the module's docstring.
 
   Args:
     config: as `train.config.default_config` lays it out.
     workdir: claimed by `workdir.claim`.
     notice: tells a run to stop.
+    claim: what `workdir.claim` returned; it is looked at before each step.
 
   Returns:
     Whether it came to its end; else `notice` was given, to any process, and all is saved.
@@ -111,6 +117,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: processes.StopNoti
   for step in progress:
     began = time.perf_counter()
     saver.check()
+    if claim is not None:
+      claim.check()
 
     # ---- Prompts -> rollouts -> returns ----------------------------------------------------
     position, dealt = prompts.get_state(), next(prompts)
@@ -137,7 +145,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, notice: processes.StopNoti
     if rule.redistributes:
       assigned = assign(Batch(
         policy, cache, rollout, segments, returns, examples, jax.random.fold_in(credit_key, step), state=state.learnt,
-        here=rows.here, on_host=on_host,
+        here=rows.here, share=rows, on_host=on_host,
       ))  # fmt: skip
     else:
       assigned = assign_uniform(rollout.mask, returns)
@@ -189,8 +197,7 @@ def needs_evaluation(config: ConfigDict, workdir: pathlib.Path, step: int, resum
   """Whether the state at the start of this run is to be evaluated; a run told to stop may have saved before it did."""
   due = step % config.evaluation.every == 0 or step == config.num_steps
   if due and resumed and processes.is_main():
-    lines = records.read_metrics(workdir / "metrics.jsonl")
-    due = not any(line["step"] == step and "eval/pass@1" in line for line in lines)
+    due = not metrics.is_evaluated(workdir / "metrics.jsonl", step)
   return processes.from_main(due)
 
 
@@ -281,9 +288,9 @@ def write_traces(
   rows = processes.whole(jax.tree.map(lambda x: x[chosen], (rollout, segments, credits)))
   if not processes.is_main():
     return
-  with open(workdir / "traces.jsonl", "a", encoding="utf-8") as file:
-    for place, row in enumerate(chosen):
-      traced, cut, credited = jax.tree.map(lambda x: x[place], rows)  # noqa: B023
-      example = task[int(dealt[row // config.rollout.group_size])]
-      record = trace_records.trace_record(step, task, codec, example, traced, cut, credited, returns[row])
-      file.write(json.dumps(record) + "\n")
+  records = []
+  for place, row in enumerate(chosen):
+    traced, cut, credited = jax.tree.map(lambda x: x[place], rows)  # noqa: B023
+    example = task[int(dealt[row // config.rollout.group_size])]
+    records.append(trace_records.trace_record(step, task, codec, example, traced, cut, credited, returns[row]))
+  metrics.append_lines(workdir / "traces.jsonl", records)

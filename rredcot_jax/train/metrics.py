@@ -1,20 +1,26 @@
 """Metrics of a run: JSON lines and TensorBoard, fetched a step late.
 
 Fetching a step's metrics waits for that step, so they are fetched when the
-next step has been dispatched: the device is never idle for them.
+next step has been dispatched: the device is never idle for them. They are
+written by the thread that trains: a writer in the background would fail unseen.
 """
 
 import json
+import logging
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import tensorboardX
+import tensorboardX.event_file_writer
+import tensorboardX.proto.event_pb2 as event_pb2
+import tensorboardX.proto.summary_pb2 as summary_pb2
 
 from rredcot_jax.report import files
+from rredcot_jax.train import workdir as workdir_lib
 
 
 class MetricsWriter:
@@ -24,16 +30,21 @@ class MetricsWriter:
     """Opens the files; lines of steps after `resume_step` belong to a lost future and are dropped.
 
     With `writes` off it only reads the metrics: of several processes, one writes.
+
+    Raises:
+      WriteFailed: if `metrics.jsonl` cannot be written.
     """
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     self._writes = writes
+    self._board = _Board(pathlib.Path(workdir) / "tensorboard", resume_step + 1) if writes else None
     if writes:
       drop_lines_after(self._path, resume_step)
-      self._file = open(self._path, "a", encoding="utf-8")
-      self._board = tensorboardX.SummaryWriter(
-        str(pathlib.Path(workdir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=30
-      )
     self._pending: list[tuple[int, Mapping[str, Any]]] = []
+
+  @property
+  def num_lost_events(self) -> int:
+    """Steps that TensorBoard did not get, because it could not be written."""
+    return self._board.num_lost if self._board is not None else 0
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> list[dict]:
     """Takes the metrics of `step` and writes those taken before it; returns the lines written."""
@@ -42,40 +53,136 @@ class MetricsWriter:
     return written
 
   def flush(self) -> list[dict]:
-    """Writes everything taken so far, durably; returns the lines."""
+    """Writes everything taken so far, durably; returns the lines.
+
+    Where TensorBoard has been given up, a line says how many steps it lacks.
+
+    Raises:
+      WriteFailed: if `metrics.jsonl` cannot be written; it ends with its last whole line then.
+    """
     pending, self._pending = self._pending, []
     lines = []
     for step, metrics in pending:
       values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+      if self._board is not None:
+        self._board.add(step, values)
+        if self._board.num_lost:
+          values["train/tensorboard_lost"] = float(self._board.num_lost)
       lines.append({"step": step, **values})
-      if not self._writes:
-        continue
-      self._file.write(json.dumps(lines[-1]) + "\n")
-      for name, value in values.items():
-        if math.isfinite(value):
-          self._board.add_scalar(name, value, step)
     if lines and self._writes:
-      self._file.flush()
-      os.fsync(self._file.fileno())
+      append_lines(self._path, lines)
     return lines
 
   def close(self) -> None:
     self.flush()
-    if self._writes:
-      self._file.close()
+    if self._board is not None:
       self._board.close()
 
 
+class _Board:
+  """Scalars for TensorBoard; given up, with a warning, and counted from then on where they cannot be written."""
+
+  def __init__(self, directory: pathlib.Path, purge_step: int):
+    self.num_lost = 0
+    self._writer: Any = None
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+      self._writer = tensorboardX.event_file_writer.EventsWriter(str(directory / "events"))
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._writer.write_event(event_pb2.Event(step=purge_step, wall_time=time.time(), session_log=start))
+      self._writer.flush()
+    except OSError as error:
+      self._give_up(error)
+
+  def add(self, step: int, values: Mapping[str, float]) -> None:
+    scalars = [
+      summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items() if math.isfinite(value)
+    ]
+    if self._writer is None:
+      self.num_lost += 1
+      return
+    try:
+      event = event_pb2.Event(step=step, wall_time=time.time(), summary=summary_pb2.Summary(value=scalars))
+      self._writer.write_event(event)
+      self._writer.flush()
+    except OSError as error:
+      self.num_lost += 1
+      self._give_up(error)
+
+  def close(self) -> None:
+    if self._writer is not None:
+      try:
+        self._writer.close()
+      except OSError as error:
+        self._give_up(error)
+
+  def _give_up(self, error: OSError) -> None:
+    self._writer = None
+    logging.warning(
+      "TensorBoard's events cannot be written (%s) and are left out until the run is resumed; metrics.jsonl has all.",
+      error.strerror or error,
+    )  # fmt: skip
+
+
+def append_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+  """Appends records to a JSON-lines file, durably, all of them or none.
+
+  Raises:
+    WriteFailed: if they cannot be written; the file is then as it was.
+  """
+  data = "".join(json.dumps(record) + "\n" for record in records).encode()
+  with workdir_lib.writing(path):
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+      size = os.fstat(descriptor).st_size
+      try:
+        rest = memoryview(data)
+        while rest:
+          rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+      except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+    finally:
+      os.close(descriptor)
+
+
 def drop_lines_after(path: str | os.PathLike, step: int) -> None:
-  """Rewrites a JSON-lines file, atomically, without lines whose `step` is later or that are half-written."""
+  """Rewrites a JSON-lines file, whole, without lines whose `step` is later or that are half-written.
+
+  Raises:
+    WriteFailed: if it cannot be written; the file is then as it was.
+  """
   path = pathlib.Path(path)
   if not path.exists():
     return
-  kept = []
-  for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+  kept, damaged = [], 0
+  text = path.read_text(encoding="utf-8", errors="replace")
+  lines = text.split("\n")
+  for number, line in enumerate(lines, start=1):
     try:
       if json.loads(line)["step"] <= step:
         kept.append(line + "\n")
     except (ValueError, KeyError, TypeError):
+      damaged += number < len(lines)  # The last one may be half of a line, or empty.
+  if damaged:
+    logging.warning("%s: %d damaged lines are left out, the others kept.", path, damaged)
+  if "".join(kept) != text:
+    with workdir_lib.writing(path):
+      files.write_whole(path, "".join(kept))
+
+
+def is_evaluated(path: str | os.PathLike, step: int) -> bool:
+  """Whether a metrics.jsonl has the evaluation of `step`; not where there is no such file, or nothing whole in it."""
+  try:
+    text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
+  except FileNotFoundError:
+    return False
+  for line in text.split("\n"):
+    try:
+      values = json.loads(line)
+      if values["step"] == step and "eval/pass@1" in values:
+        return True
+    except (ValueError, KeyError, TypeError):
       continue
-  files.write_whole(path, "".join(kept))
+  return False
