@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import struct
+import subprocess
 import sys
 
 import gguf
@@ -19,7 +21,7 @@ from rredcot_jax.data import encoding, tasks
 from rredcot_jax.model import decoder, export, huggingface, huggingface_format
 from rredcot_jax.model import gguf as our_gguf
 from rredcot_jax.model.config import SIZES, ModelConfig, RopeScaling
-from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.model.tokenizer import end_ids, load_tokenizer
 from rredcot_jax.parallel import sharding
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tools"))
@@ -332,6 +334,67 @@ def test_a_truncated_shard_is_named(kept, sharded):
     huggingface.load(sharded)
 
 
+def safetensors_file(header, size=0):
+  """A safetensors file of a header as text and `size` bytes of zeros."""
+  return struct.pack("<Q", len(header)) + header.encode() + b"\0" * size
+
+
+def stated(begin, end, shape=(2,)):
+  return json.dumps({"dtype": "F32", "shape": shape, "data_offsets": [begin, end]})
+
+
+@pytest.mark.parametrize(
+  ("data", "message"),
+  [
+    (safetensors_file(f'{{"a": {stated(0, 8)}, "a": {stated(8, 16)}}}', 16), "is not a whole safetensors file"),
+    (safetensors_file(f'{{"a": {stated(0, 8)}, "b": {stated(4, 12)}}}', 12), "is not a whole safetensors file"),
+    (safetensors_file(f'{{"a": {stated(0, 8)}, "b": {stated(12, 20)}}}', 20), "is not a whole safetensors file"),
+    (safetensors_file(f'{{"a": {stated(0, 8, (2**40, 2**40))}}}', 8), "is not a whole safetensors file"),
+    (safetensors_file("[" * 10_000), "is not a whole safetensors file"),
+    (safetensors_file(" " * (2**24 + 1)), "its header has 16777217 bytes; at most 16777216"),
+  ],
+)
+def test_a_forged_shard_is_named(data, message, sharded):
+  shard = shard_of(sharded)
+  shard.write_bytes(data)
+  with pytest.raises(ValueError, match=rf"{shard.name}:? {message}"):
+    huggingface.load(sharded)
+
+
+def test_a_checkpoint_of_a_million_tensors_is_refused_before_they_are_looked_at(sharded, monkeypatch):
+  names = sum(len(safetensors.numpy.load_file(path)) for path in sharded.glob("*.safetensors"))
+  monkeypatch.setattr(huggingface, "_MOST_TENSORS", names)
+  huggingface.load(sharded)
+  monkeypatch.setattr(huggingface, "_MOST_TENSORS", names - 1)
+  with pytest.raises(ValueError, match=f"safetensors: the checkpoint has more than {names - 1} tensors"):
+    huggingface.load(sharded)
+
+
+def test_an_index_names_no_more_files_than_can_be_open(sharded, monkeypatch):
+  shards = len(list(sharded.glob("*.safetensors")))
+  monkeypatch.setattr(huggingface, "_MOST_SHARDS", shards)
+  huggingface.load(sharded)
+  monkeypatch.setattr(huggingface, "_MOST_SHARDS", shards - 1)
+  with pytest.raises(ValueError, match=rf"index\.json names {shards} files; at most {shards - 1}"):
+    huggingface.load(sharded)
+
+
+def test_a_tensor_in_two_shards_is_named(sharded):
+  first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
+  tensors = safetensors.numpy.load_file(first)
+  safetensors.numpy.save_file(tensors | safetensors.numpy.load_file(second), second)
+  with pytest.raises(ValueError, match=rf"{second.name}: tensor '{sorted(tensors)[0]}' is also in '{first.name}'"):
+    huggingface.load(sharded)
+
+
+@pytest.mark.parametrize(("name", "most"), [("config.json", 2**20), ("model.safetensors.index.json", 2**25)])
+def test_a_json_file_too_large_is_not_read(name, most, sharded):
+  with (sharded / name).open("a") as file:
+    file.truncate(most + 1)
+  with pytest.raises(ValueError, match=rf"{name} has {most + 1} bytes; at most {most} are read"):
+    huggingface.load(sharded)
+
+
 def test_storage_and_memory_have_their_own_types(make, tmp_path):
   config, params = huggingface.load(make("qwen2"))
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -357,6 +420,47 @@ def test_a_mesh_of_four_holds_the_same(axes, make, tmp_path):
   assert_equal_trees(huggingface.load(tmp_path / "saved")[1], params)
 
 
+def ends_of(directory):
+  return json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_every_token_that_ends_a_text_is_kept(make, tmp_path):
+  source = make("qwen2")
+  model = huggingface.load(source)
+  tokenizer = load_tokenizer(CHAIN_TOKENIZER)
+  save = lambda name, **options: export.save(*model, tmp_path / name, **options)
+  save("none")
+  assert not (tmp_path / "none" / "generation_config.json").exists()
+  save("own", tokenizer=tokenizer)
+  save("more", tokenizer=tokenizer, end_ids=(1, 3))
+  save("ids", end_ids=(3,))
+  assert (ends_of(tmp_path / "own"), ends_of(tmp_path / "more"), ends_of(tmp_path / "ids")) == (1, [1, 3], 3)
+  (source / "generation_config.json").write_text('{"eos_token_id": [4, 1], "top_p": 0.9, "pad_token_id": 7}')
+  save("all", tokenizer=tokenizer, companions=source, end_ids=(3,))
+  read = transformers.GenerationConfig.from_pretrained(tmp_path / "all")
+  assert (read.eos_token_id, read.top_p, read.pad_token_id) == ([1, 4, 3], 0.9, 7)
+  assert end_ids(load_tokenizer(tmp_path / "all"), tmp_path / "all") == (1, 4, 3)
+
+
+@pytest.mark.parametrize("source", ["directory", "gguf"])
+def test_a_converted_checkpoint_keeps_its_ends_and_its_tokenizer(source, make, tmp_path):
+  if source == "gguf":
+    path = write_tokenizer(tmp_path / "a.gguf", "qwen2", eot_token_id=5)
+  else:
+    path = make("llama")
+    load_tokenizer(CHAIN_TOKENIZER).save_pretrained(path)
+    (path / "generation_config.json").write_text('{"eos_token_id": [5, 1]}')
+  tool = pathlib.Path(cases.__file__).parent / "convert_checkpoint.py"
+  command = [sys.executable, tool, "--source", path, "--output", tmp_path / "out", "--dtype", "bfloat16"]
+  subprocess.run(command, check=True, capture_output=True)
+  before, after = load_tokenizer(path), load_tokenizer(tmp_path / "out")
+  assert after.get_vocab() == before.get_vocab()
+  assert end_ids(after, tmp_path / "out") == end_ids(before, path) == (before.eos_token_id, 5)
+  assert {array.dtype.name for array in tensors_of(tmp_path / "out").values()} == {"bfloat16"}
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), huggingface.load(path)[1])
+  assert_equal_trees(huggingface.load(tmp_path / "out", dtype=jnp.bfloat16)[1], rounded)
+
+
 def test_companions_are_taken_over_but_for_the_dtype(make, tmp_path):
   source = make("llama", torch_dtype="bfloat16", bos_token_id=7)
   (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
@@ -365,7 +469,7 @@ def test_companions_are_taken_over_but_for_the_dtype(make, tmp_path):
   saved = json.loads((tmp_path / "saved" / "config.json").read_text())
   # Else transformers would round float32 tensors to what the original was stored in.
   assert (saved["bos_token_id"], saved["torch_dtype"]) == (7, "float32")
-  assert "eos_token_id" in (tmp_path / "saved" / "generation_config.json").read_text()
+  assert ends_of(tmp_path / "saved") == [2, 3]
   export.save(config, params, source, companions=source)  # Over itself.
   assert_equal_trees(huggingface.load(source)[1], params)
   with pytest.raises(ValueError, match=r"config\.json describes another model"):
@@ -656,6 +760,21 @@ def test_a_tokenizer_that_is_not_covered_is_named(fields, message, tmp_path):
   with pytest.raises(ValueError, match=message) as caught:
     load_tokenizer(path)
   assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("fields", "expected"),
+  [({}, ["eos"]), ({"eot_token_id": 7}, ["eos", 7]), ({"eot_token_id": 10**6}, "the end token 1000000 is none"),
+   ({"eot_token_id": "x"}, "eot_token_id='x' is no token id")],
+)  # fmt: skip
+def test_the_ends_of_a_gguf_file(fields, expected, tmp_path):
+  path = write_tokenizer(tmp_path / "t.gguf", "qwen2", **fields)
+  tokenizer = load_tokenizer(path)
+  if isinstance(expected, str):
+    with pytest.raises(ValueError, match=rf"t\.gguf: .*{expected}"):
+      end_ids(tokenizer, path)
+  else:
+    assert list(end_ids(tokenizer, path)) == [tokenizer.eos_token_id, *expected[1:]]
 
 
 @pytest.fixture(scope="module")

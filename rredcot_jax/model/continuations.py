@@ -24,7 +24,7 @@ from flax import struct
 
 from rredcot_jax.model import decoder, sampling
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.ops import types
+from rredcot_jax.ops import anatomy, types
 
 
 @struct.dataclass
@@ -149,7 +149,7 @@ def generate_from_states(
     keys = fold_each(fold_each(take(state_keys, state), sample + first_sample), slot.age)
     token = jax.vmap(jax.vmap(sampling.draw))(keys, log_probs)
     chosen = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
-    stopped = sampling.is_end(token, eos_id)
+    stopped = anatomy.is_any_of(token, anatomy.id_tuple("eos_id", eos_id))
     ended = jnp.logical_and(active, jnp.logical_or(stopped, slot.age + 1 == max_tokens - start))
     # Places out of range are dropped: idle slots write nothing.
     place = jnp.where(active, slot.item, k_max * k)

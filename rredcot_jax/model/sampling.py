@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.ops import types
+from rredcot_jax.ops import anatomy, types
 
 _BLOCK = 256  # Words of the vocabulary that `draw` takes together.
 
@@ -76,17 +76,6 @@ def entropy_of(log_probs: chex.Array) -> chex.Array:
   return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
 
-def is_end(token: chex.Array, eos_id: int | tuple[int, ...]) -> chex.Array:
-  """[...] bool, whether each token [...] is one of those that end a trace.
-
-  Args:
-    token: integer ids.
-    eos_id: static; one id or several. An id that never occurs, such as -1, ends nothing.
-  """
-  ids = eos_id if isinstance(eos_id, tuple) else (eos_id,)
-  return functools.reduce(jnp.logical_or, [token == end for end in ids], jnp.zeros(token.shape, bool))
-
-
 def draw(key: chex.PRNGKey, log_probs: chex.Array) -> chex.Array:
   """One token by inverse distribution function: first its block of the vocabulary, then its place there.
 
@@ -142,7 +131,8 @@ def sample(
     key: the call's key.
     max_tokens: T, the room for a trace; a row that fills it without an end is truncated.
     temperature, top_k, top_p: see `policy_log_probs` and `cut`.
-    eos_id: the id or the ids that end a trace; the one that does belongs to it.
+    eos_id: the id or the ids that end a trace; the one that does belongs to it. One that never occurs, such as -1,
+      ends none.
     pad_id: fills the places after it.
 
   Returns:
@@ -183,7 +173,7 @@ def sample(
       entropy=record(rollout.entropy, entropy_of(log_probs)),
     )
     mask = mask.at[:, width + t].set(jnp.logical_not(ended))
-    ended = jnp.logical_or(ended, is_end(token, eos_id))
+    ended = jnp.logical_or(ended, anatomy.is_any_of(token, anatomy.id_tuple("eos_id", eos_id)))
     return t + 1, cache, token, rollout, ended, mask
 
   rollout = types.Rollout(
