@@ -36,7 +36,7 @@ setuptools.setup(
       "mpmath>=1.3",
       "gguf>=0.17",
       "pyarrow>=17",
-      "jinja2>=3.1",
+      "jinja2>=3.1.6",
       "markupsafe>=2.1",
       "scipy>=1.14",
       "tensorboardX>=2.6.2.2",
