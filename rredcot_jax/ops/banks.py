@@ -288,7 +288,7 @@ def _nothing(inputs: BankInputs) -> Iterator[Place]:
 _REFERENCE: Mapping[str, BankFunction] = {f.__name__: f for f in (answer, solution, solutions, suffix)}
 _BANKS: Mapping[str, BankFunction] = {**_REFERENCE, **{f.__name__: f for f in (rollouts, own)}}
 _FALLBACKS: Mapping[str, BankFunction] = {"uniform": _nothing, **_REFERENCE}
-REFERENCE_BANKS, BANKS, FALLBACKS = tuple(_REFERENCE), tuple(_BANKS), tuple(_FALLBACKS)
+BANKS, FALLBACKS = tuple(_BANKS), tuple(_FALLBACKS)
 
 # One completion a state, whatever bank_size is.
 _SINGLE = (answer, solution, suffix, _nothing)
