@@ -52,7 +52,6 @@ def changed(**changes):
 VOCAB = FILE["model"]["vocab"]
 BPE = {"type": "BPE", "vocab": {"a": 0, "<eos>": 1}}
 TEMPLATE = {"type": "TemplateProcessing", "pair": [], "single": [{"SpecialToken": {"id": "<z>", "type_id": 0}}]}
-ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 DAMAGED_FILES = {
   "empty": "",
   "cut short": json.dumps(FILE)[:300],

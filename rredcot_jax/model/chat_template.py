@@ -94,7 +94,7 @@ def _environment() -> Any:
     def parse(self, parser: Any) -> Any:
       line = next(parser.stream).lineno
       body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-      return jinja2.nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+      return jinja2.nodes.CallBlock(self.call_method(self._content.__name__), [], [], body).set_lineno(line)
 
     def _content(self, caller: Any) -> str:
       return str(caller())
