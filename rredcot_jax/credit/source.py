@@ -187,7 +187,7 @@ class Source(abc.ABC):
     """
     del bank, options
     if mode not in cls.modes:
-      wrong = f"credit.mode={mode!r} with credit.source={cls.name!r}"
+      wrong = f"credit.mode={mode!r} with credit.source={getattr(cls, 'name', cls.__name__)!r}"
       raise ValueError(f"{wrong}: {cls.why_not(mode)}; set credit.mode={' or '.join(map(repr, cls.modes))}.")
 
   @classmethod
