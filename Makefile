@@ -50,7 +50,12 @@ peers: .venv/peers
 
 # ---- The operations at both ends of what is supported, and the package as users install it ------------------------
 
-OPS_TESTS = $(wildcard $(patsubst rredcot_jax/ops/%.py,tests/%_test.py,$(wildcard rredcot_jax/ops/*.py)))
+# Set-ups that run once: compiling all that is installed would take longer than the run.
+ONCE := $(PIP) --no-compile
+
+# A module of another package has the same name where the file is called ops_NAME_test.py.
+OPS := $(basename $(notdir $(wildcard rredcot_jax/ops/*.py)))
+OPS_TESTS := $(foreach one,$(OPS),$(firstword $(wildcard tests/ops_$(one)_test.py tests/$(one)_test.py)))
 # The first of these that runs: pyenv has commands for versions that are not selected, and they fail.
 runs = $(firstword $(foreach one,$(1),$(shell $(one) -c '' 2>/dev/null && echo $(one))))
 pyenv = $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
@@ -64,7 +69,7 @@ ifeq ($(PYTHON313),)
 else
 	rm -rf .venv-newest
 	$(PYTHON313) -m venv .venv-newest
-	.venv-newest/bin/python $(PIP) -e . pytest hypothesis
+	.venv-newest/bin/python $(ONCE) -e . pytest hypothesis
 	.venv-newest/bin/pip list | grep -iE '^(jax|numpy|chex|flax|optax) '
 	.venv-newest/bin/python -m pytest $(OPS_TESTS)
 endif
@@ -80,7 +85,7 @@ else
 	rm -rf .venv-floors
 	$(PYTHON311) -m venv .venv-floors
 	$(BIN)/python tools/lint_dependencies.py --floors experiments >.venv-floors/floors.txt
-	.venv-floors/bin/python $(PIP) --constraint .venv-floors/floors.txt -e '.[experiments]' pytest hypothesis
+	.venv-floors/bin/python $(ONCE) --constraint .venv-floors/floors.txt -e '.[experiments]' pytest hypothesis
 	.venv-floors/bin/python -c '$(IMPORT_ALL)'
 	.venv-floors/bin/python -m pytest $(OPS_TESTS)
 endif
@@ -90,7 +95,7 @@ test-package: .venv/ready
 	rm -rf .venv-package
 	$(PYTHON) -m venv .venv-package
 	$(BIN)/python -m build --outdir .venv-package/dist . >.venv-package/build.log || { cat .venv-package/build.log; false; }
-	.venv-package/bin/python $(PIP) .venv-package/dist/*.whl
+	.venv-package/bin/python $(ONCE) .venv-package/dist/*.whl
 	cd .venv-package && bin/python ../tests/installed_package.py
 
 # ---- Checks of the source -----------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-import tokenizers
 
 import rredcot_jax
 from rredcot_jax.ops import anatomy
@@ -189,6 +188,7 @@ def test_every_way_to_split_the_marker_is_found(splits, before, after):
 @functools.cache
 def byte_level():
   """A byte-level BPE, which has the marker as a token of its own, and its table."""
+  tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: the operations do not need it")
   tokenizer = tokenizers.Tokenizer.from_file(str(ASSETS / "gsm_symbolic" / "tokenizer.json"))
   texts = [tokenizer.decode([token], skip_special_tokens=False) for token in range(tokenizer.get_vocab_size())]
   return tokenizer, texts, anatomy.exit_table(texts, MARKER)
