@@ -150,6 +150,9 @@ def test_credit_figure_draws_the_values_and_leaves_dollars_alone():
   assert np.allclose((edges[1:] + edges[:-1]) / 2, left.get_yticks())
   faces = [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in right.patches if patch.get_fill()]
   assert faces == ["#cee4f1", "#f49454", "#ffffff"]
+  for ax in (left, right):  # The second segment, the first wrong one, has an outline.
+    (outline,) = [patch for patch in ax.patches if not patch.get_fill()]
+    assert [outline.get_y(), outline.get_y() + outline.get_height()] == pytest.approx(edges[1:3])
   assert figure.get_size_inches()[0] == 9
 
 
