@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 from helpers import FAMILIES, params_of, plain
 
 from rredcot_jax import token_advantages
-from rredcot_jax.credit import attribution
+from rredcot_jax.credit import attention, attribution, input_gradients, leave_one_out
+from rredcot_jax.credit.sources import SOURCES
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.ops import types
@@ -83,11 +85,22 @@ def case():
   )
 
 
+# Each with the options that it takes beside a likelihood's temperature.
+FUNCTIONS = {
+  "leave_one_out": (leave_one_out.leave_one_out, {"temperature", "space", "chunk_size"}),
+  "gradient_x_input": (input_gradients.gradient_x_input, {"temperature", "space"}),
+  "integrated_gradients": (input_gradients.integrated_gradients, {"temperature", "space", "steps"}),
+  "attention": (attention.attention, {"chunk_size"}),
+  "attention_rollout": (attention.attention_rollout, {"chunk_size"}),
+}
+
+
 def ask_eagerly(name, *trace, config=CONFIG, exit_ids=EXIT, temperature=TEMPERATURE, **options):
   params, rollout, segments, completions = trace or case()
-  return attribution.attribute(
-    name, params, config, rollout, segments, completions, exit_ids=exit_ids, temperature=temperature, **options
-  )
+  function, takes = FUNCTIONS[name]
+  if "temperature" in takes:
+    options["temperature"] = temperature
+  return function(params, config, rollout, segments, completions, exit_ids=exit_ids, **options)
 
 
 ask = jax.jit(ask_eagerly, static_argnames=("name", "config", "exit_ids", "space", "chunk_size", "steps"))
@@ -228,8 +241,8 @@ def test_gradient_x_input_in_probability_is_p_times_that_in_log():
 @functools.cache
 def token_integrals(steps):
   params, rollout, segments, completions = case()
-  layout = attribution._lay_out(rollout, segments, completions, EXIT)
-  integrate = jax.jit(attribution._token_integrated_gradients, static_argnums=(1, 4, 5))
+  layout = attribution.lay_out(rollout, segments, completions, EXIT)
+  integrate = jax.jit(input_gradients._token_integrated_gradients, static_argnums=(1, 4, 5))
   return np.asarray(integrate(params, CONFIG, layout, TEMPERATURE, "log", steps), np.float64)
 
 
@@ -329,7 +342,7 @@ def test_attention_credit_equals_explicit_matrix_products(name):
   assert (ours >= 0).all() and (ours.sum(axis=1) < 1).all() and ours[0, :3].min() > 0.01
 
 
-@pytest.mark.parametrize("name", attribution.ATTRIBUTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_credit_is_float32_and_0_where_nothing_was_thought(name):
   ours = credit(name)
   assert ours.shape == (B, K) and ours.dtype == np.float32 and np.isfinite(ours).all()
@@ -339,13 +352,13 @@ def test_credit_is_float32_and_0_where_nothing_was_thought(name):
   assert (ours[thought] != 0).all()
 
 
-@pytest.mark.parametrize("name", attribution.ATTRIBUTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_equals_eager(name):
-  steps = 4 if name == "integrated_gradients" else 64
-  np.testing.assert_allclose(ask_eagerly(name, steps=steps), credit(name, steps=steps), rtol=1e-3, atol=1e-6)
+  options = {"steps": 4} if name == "integrated_gradients" else {}
+  np.testing.assert_allclose(ask_eagerly(name, **options), credit(name, **options), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", attribution.ATTRIBUTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_rows_do_not_see_their_neighbours_nor_padding(name):
   params, rollout, segments, completions = case()
   one = lambda tree: jax.tree.map(lambda x: x[1:2], tree)
@@ -363,7 +376,7 @@ def test_rows_do_not_see_their_neighbours_nor_padding(name):
   np.testing.assert_allclose(ask(name, params, *garbage), credit(name), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", attribution.ATTRIBUTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_follows_the_thought_does_not_matter(name):
   params, rollout, segments, completions = case()
   other = dataclasses.replace(rollout, tokens=rollout.tokens.at[0, 7].set(3))
@@ -379,7 +392,7 @@ def test_chunks_change_nothing(name, chunk_size):
   np.testing.assert_allclose(credit(name, chunk_size=chunk_size), credit(name), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", attribution.ATTRIBUTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_row_without_a_completion_has_no_credit(name):
   params, rollout, segments, completions = case()
   empty = dataclasses.replace(
@@ -399,7 +412,7 @@ def test_no_gradient_reaches_the_policy(name):
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("name", attribution.ATTRIBUTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_credit_trains_through_the_advantages(name):
   _, rollout, segments, _ = case()
   spread = jax.vmap(functools.partial(token_advantages, mode="magnitude"))
@@ -413,17 +426,32 @@ def test_credit_trains_through_the_advantages(name):
 
 def test_bad_options_are_named():
   params, rollout, segments, completions = case()
-  with pytest.raises(ValueError, match="did you mean 'leave_one_out'"):
-    ask_eagerly("leave_one")
-  with pytest.raises(ValueError, match="did you mean 'log'"):
-    ask_eagerly("attention", space="logs")
-  with pytest.raises(ValueError, match="chunk_size=0"):
-    ask_eagerly("leave_one_out", chunk_size=0)
+  for name, (_, takes) in FUNCTIONS.items():
+    if "space" in takes:
+      with pytest.raises(ValueError, match="did you mean 'log'"):
+        ask_eagerly(name, space="logs")
+    if "chunk_size" in takes:
+      with pytest.raises(ValueError, match="chunk_size=0"):
+        ask_eagerly(name, chunk_size=0)
   with pytest.raises(ValueError, match="steps=0"):
     ask_eagerly("integrated_gradients", steps=0)
   two = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=2), completions)
-  with pytest.raises(ValueError, match="have 2 for each of 1 states"):
-    ask_eagerly("attention", params, rollout, segments, two)
+  for name in FUNCTIONS:
+    with pytest.raises(ValueError, match="have 2 for each of 1 states"):
+      ask_eagerly(name, params, rollout, segments, two)
+
+
+def test_every_attribution_is_a_source():
+  built_in = {name for name, kind in SOURCES.items() if issubclass(kind, attribution.Attribution)}
+  assert built_in == set(FUNCTIONS)
+  # A space is an option where there is a likelihood to measure, and there alone.
+  spaces = {name for name in built_in if SOURCES[name].default_space is not None}
+  assert spaces == {name for name, (_, takes) in FUNCTIONS.items() if "space" in takes}
+  # A source without options has the space that its function has.
+  for name in spaces:
+    kind, (function, _) = SOURCES[name], FUNCTIONS[name]
+    defaults = [inspect.signature(one).parameters["space"].default for one in (kind.__init__, function)]
+    assert defaults == [kind.default_space] * 2
 
 
 # A language model small enough to enumerate: a Markov chain in which every state's value is known.
