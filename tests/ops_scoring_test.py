@@ -3,18 +3,15 @@
 import dataclasses
 import functools
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rredcot_jax.model import decoder
 from rredcot_jax.ops import scoring, types
 
 B, P, T, K, N, S, V = 3, 4, 9, 4, 2, 5, 11
 TEMPERATURE = 0.7
-CONFIG = helpers.FAMILIES["qwen3"]
 
 
 # ---- Models ----------------------------------------------------------------------------------
@@ -31,38 +28,49 @@ def bag(params, tokens, positions, mask):
   return jnp.einsum("mij,mjd,vd->miv", mask.astype(jnp.float32), params["embedding"][tokens] * turns, params["head"])
 
 
-def tree_decoder(params, tokens, positions, mask):
-  """Our decoder with attention under any mask."""
-
-  def attend(query, key, value, carry, layer):
-    groups = CONFIG.num_heads // CONFIG.num_kv_heads
-    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
-    scores = jnp.einsum("mihd,mjhd->mhij", query, key) / np.sqrt(CONFIG.head_dim)
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("mhij,mjhd->mihd", weights, value), carry, None
-
-  return decoder.logits(params, decoder._run(params, CONFIG, tokens, positions, attend, None)[0])
-
-
-def plain_decoder(params, tokens, positions, mask):
-  del positions  # Our decoder counts them from the mask.
-  return decoder.logits(params, decoder.forward(params, CONFIG, tokens, mask)[0])
-
-
 @functools.cache
-def models():
-  """By name: parameters, a model under a tree's mask, the same under a row's."""
-  keys = jax.random.split(jax.random.key(0), 3)
+def bag_params():
+  keys = jax.random.split(jax.random.key(0), 2)
   width = 8
-  bag_params = {
+  return {
     "embedding": 0.5 * jax.random.normal(keys[0], (V, width)),
     "head": jax.random.normal(keys[1], (V, width)),
     "frequencies": jnp.arange(1.0, width + 1),
   }
-  return {
-    "bag": (bag_params, bag, lambda params, t, p, m: bag(params, t, p, causal(m))),
-    "decoder": (helpers.params_of(CONFIG), tree_decoder, plain_decoder),
-  }
+
+
+@functools.cache
+def decoder_models():
+  """Our decoder's parameters, the decoder with attention under any mask, and as it is."""
+  pytest.importorskip("flax", reason="flax is not installed: the operations do not need it, the decoder does")
+  import helpers
+
+  from rredcot_jax.model import decoder
+
+  config = helpers.FAMILIES["qwen3"]
+
+  def tree_decoder(params, tokens, positions, mask):
+    def attend(query, key, value, carry, layer):
+      groups = config.num_heads // config.num_kv_heads
+      key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+      scores = jnp.einsum("mihd,mjhd->mhij", query, key) / np.sqrt(config.head_dim)
+      weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+      return jnp.einsum("mhij,mjhd->mihd", weights, value), carry, None
+
+    return decoder.logits(params, decoder._run(params, config, tokens, positions, attend, None)[0])
+
+  def plain_decoder(params, tokens, positions, mask):
+    del positions  # Our decoder counts them from the mask.
+    return decoder.logits(params, decoder.forward(params, config, tokens, mask)[0])
+
+  return helpers.params_of(config), tree_decoder, plain_decoder
+
+
+def model_named(name):
+  """Parameters, a model under a tree's mask, the same under a row's."""
+  if name == "decoder":
+    return decoder_models()
+  return bag_params(), bag, lambda params, t, p, m: bag(params, t, p, causal(m))
 
 
 # ---- Rows ------------------------------------------------------------------------------------
@@ -97,19 +105,19 @@ def case():
 
 
 def tree(name, rows, **options):
-  params, model, _ = models()[name]
+  params, model, _ = model_named(name)
   return scoring.score_tree(model, params, *rows, temperature=TEMPERATURE, **options)
 
 
 def generic(name, rows):
-  params, _, model = models()[name]
+  params, _, model = model_named(name)
   return scoring.score_generic(model, params, *rows, temperature=TEMPERATURE)
 
 
 def by_hand(rows):
   """Each completion's log-probability under the bag of tokens, one token at a time in float64."""
   rollout, segments, bank = jax.tree.map(np.asarray, rows)
-  params = jax.tree.map(np.float64, models()["bag"][0])
+  params = jax.tree.map(np.float64, bag_params())
   starts = np.asarray(segments.starts)
   result = np.zeros((B, K, N))
   for b, k, n in np.ndindex(B, K, N):
@@ -137,9 +145,10 @@ def test_both_scores_are_those_by_hand():
 )
 def test_a_tree_equals_every_prefix_run_again(name, chunk_size):
   rows = case()
+  expected = generic(name, rows)
   scored = jax.jit(functools.partial(tree, name, chunk_size=chunk_size))(rows)
   assert scored.shape == (B, K, N) and scored.dtype == jnp.float32
-  np.testing.assert_allclose(scored, generic(name, rows), atol=1e-5)
+  np.testing.assert_allclose(scored, expected, atol=1e-5)
 
 
 def test_one_bank_for_all_states():
@@ -164,7 +173,7 @@ def test_completions_of_one_token_need_no_branch():
     lengths.append(tokens.shape[1])
     return bag(params, tokens, positions, mask)
 
-  found = scoring.score_tree(model, models()["bag"][0], *rows, temperature=TEMPERATURE)
+  found = scoring.score_tree(model, bag_params(), *rows, temperature=TEMPERATURE)
   np.testing.assert_allclose(found, by_hand(rows), atol=1e-4)
   assert lengths == [P + T]
 
@@ -208,7 +217,7 @@ def test_neither_neighbours_nor_padding_reach_a_score():
 
 
 def test_no_gradient_flows():
-  params, model, plain = models()["bag"]
+  params, model, plain = model_named("bag")
   for score, apply in ((scoring.score_tree, model), (scoring.score_generic, plain)):
     total = lambda p, score=score, apply=apply: jnp.sum(score(apply, p, *case(), temperature=1.0))
     for gradient in jax.tree.leaves(jax.grad(total)(params)):
