@@ -62,6 +62,7 @@ def test_a_class_of_ones_own_is_found_given_its_options_and_held_to_its_modes():
 @pytest.mark.parametrize(
   ("name", "message"),
   [
+    ("leave_one", "did you mean 'leave_one_out'"),
     ("scorring", "did you mean 'scoring'"),
     ("sources_test:Lst", "Lst"),
     ("no_such_module:Source", "no_such_module"),

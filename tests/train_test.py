@@ -61,7 +61,7 @@ def test_run_writes_what_it_promises(uninterrupted):
 
 def test_nothing_is_compiled_twice(uninterrupted, compiled):
   # Sampling serves evaluation too. `_values` is the source's estimate; the lambdas cut traces and compare for the KL.
-  steps = dict.fromkeys(("init_state", "sample", "_values", "credit_of_values", "summary", "policy_update"), 1)
+  steps = dict.fromkeys(("init_state", "sample", "_values", "_credit_of_values", "_summary", "policy_update"), 1)
   names = [name for _, name in compiled]
   assert {name: names.count(name) for name in (*steps, "<lambda>")} == {**steps, "<lambda>": 2}
   # The first checkpoint, evaluation and traces come after the lines of steps 2 and 3.

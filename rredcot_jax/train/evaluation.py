@@ -103,9 +103,11 @@ def judged_batches(
     filled = examples + [examples[-1]] * (share.count - len(examples))
     mine = [filled[row] for row in share.here]
     prompts = sharding.put_batch(mesh, batching.prompt_arrays(codec, mine, max_prompt_tokens))
+    # Made outside, as the training loop makes its keys: one that lies otherwise would compile the sampler once more.
+    batch_key = jax.random.fold_in(key, start)
     with sharding.use(mesh):
       rollout, _ = sampling.sample(
-        params, config, *prompts, jax.random.fold_in(key, start), max_tokens=max_tokens,
+        params, config, *prompts, batch_key, max_tokens=max_tokens,
         temperature=temperature, top_k=top_k, top_p=top_p,
         eos_id=codec.end_ids, pad_id=codec.pad_id,
       )  # fmt: skip
