@@ -1,5 +1,6 @@
 """The comparison's figures by hand, what its pictures draw, and the scripts that make it."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -118,6 +119,17 @@ def test_an_accuracy_that_was_there_before_training_is_none_that_was_reached(tmp
   assert found["per_seed"]["ours"][1]["rollouts_over_grpo"] is None
 
 
+def test_times_are_over_the_baselines_and_curves_end_with_the_shortest_run(tmp_path):
+  base, ours = write_run(tmp_path / "g", [0.1, 0.2, 0.3]), write_run(tmp_path / "o", [0.1, 0.2, 0.3])
+  slow = dataclasses.replace(ours, step_seconds=6.0)
+  cut = dataclasses.replace(
+    ours, steps=[0, 5], tokens=[0, 500], token_forwards=[0, 50], accuracy=[0.1, 0.4], error=[0, 0]
+  )
+  found = comparison.compare({"grpo": {1: base, 2: base}, "ours": {1: slow, 2: cut}}, num_params=1)
+  assert found["step_seconds_over_grpo"] == {"grpo": 1.0, "ours": 2.0}  # The median of 3 and 1.
+  assert found["curves"]["ours"]["steps"] == [0, 5] and found["curves"]["ours"]["accuracy"] == [0.1, 0.3]
+
+
 def test_a_comparison_needs_its_baseline(tmp_path):
   with pytest.raises(ValueError, match="no finished run of 'grpo'"):
     comparison.compare({"ours": {1: write_run(tmp_path / "o", [0.1, 0.2, 0.3])}}, num_params=1)
@@ -178,6 +190,9 @@ def test_the_summary_draws_every_seed_and_the_means(figures):
   assert bars == pytest.approx({0: 1.0, 1: 0.5625, 2: 2 / 3}, abs=1e-4)
   assert [(text.get_text(), text.get_position()[1]) for text in left.texts] == [("1 of 2 reached it", 0)]
   means = [container.lines[0].get_xydata()[0].tolist() for container in right.containers]
+  ends = [container.lines[2][0].get_segments()[0][:, 0] for container in right.containers]
+  expected = [(0, 100), (90, 90), (0, 100)]  # Two seeds that differ leave what an accuracy can be.
+  np.testing.assert_allclose(ends, expected, atol=1e-9)
   assert means == [[pytest.approx(55), 0], [pytest.approx(90), 1], [pytest.approx(70), 2]]
   assert left.get_xlabel() and right.get_xlabel()
 
@@ -199,6 +214,7 @@ def test_a_run_killed_before_its_first_evaluation_is_not_finished(tmp_path):
   config, workdir = compare.make_run(chain_comparison(), "grpo", 1, None, tmp_path)
   assert not compare.finished(workdir, config)
   workdir_lib.claim(workdir, config, "test", resume=True)
+  (workdir / "checkpoints" / "60").mkdir(parents=True)
   for written, done in (("", False), ('{"step": 0, "eval/pa', False), ('{"step": 60, "eval/pass@1": 0.5}\n', True)):
     (workdir / "metrics.jsonl").write_text(written)
     assert compare.finished(workdir, config) == done
