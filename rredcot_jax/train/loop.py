@@ -52,6 +52,9 @@ def run(
   policy_key, eval_key, credit_key = jax.random.split(jax.random.key(config.seed), 3)
   preflight.check_references(task, codec)
   preflight.check_references(experiment.held_out, codec)
+  differing = preflight.differing_pieces(task, codec)
+  if differing and processes.is_main():
+    logging.warning("%s", differing)
   usable = preflight.usable_prompts(task, codec, config.rollout.max_prompt_tokens, config.rollout.overlong)
   prompts = batching.prompt_iterator(task, config.rollout.prompts_per_step, config.seed, usable)
 

@@ -39,6 +39,30 @@ def check_references(task: Task, codec: Codec) -> None:
       )
 
 
+def differing_pieces(task: Task, codec: Codec) -> str | None:
+  """What the tokenizer would write otherwise than the pieces that banks and warm starts are made of.
+
+  A piece is encoded on its own, so that its boundary is a token position. A tokenizer that merges characters over
+  that boundary, such as ".\\n", would write other ids there, and the policy gives its own spelling more probability.
+
+  Returns:
+    A sentence that shows both spellings where the first reference differs, or None.
+  """
+  example = task[0]
+  if not example.answer:
+    return None
+  ours = codec.trace_ids(Trace(example.steps, example.answer))[:-1]
+  theirs = codec.tokenizer.encode(codec.decode(ours), add_special_tokens=False)
+  if theirs == ours:
+    return None
+  same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+  show = lambda ids: [codec.decode([token]) for token in ids[max(same - 2, 0) : same + 4]]
+  return (
+    f"the pieces of a reference of task {task.name!r} are encoded as {show(ours)} where the tokenizer would write "
+    f"{show(theirs)}: such completions are scored a little too low."
+  )
+
+
 def usable_prompts(task: Task, codec: Codec, width: int, overlong: str) -> np.ndarray | None:
   """Which examples have a prompt of at most `width` tokens.
 
