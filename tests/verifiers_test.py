@@ -320,6 +320,7 @@ HOSTILE_MATH = {
   "factorials": "9!!!!!!",
   "many factorials": "999!" * 250,
   "many powers of ten": "10^{999}" * 120,
+  "root of zero": r"\sqrt{0x}+\sqrt{0\cdot 7x}",
   "root of digits": r"\sqrt{" + "9" * 1000 + "}",
   "root of a product": r"\sqrt{" + r"9e999\cdot " * 90 + "1}",
   "matrix": r"\operatorname{zeros}(100000,100000)",

@@ -17,18 +17,15 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from rredcot_jax.data.mathematics import expressions, forms, latex, values
+from rredcot_jax.data.mathematics import expressions, forms, latex, parts, values
 from rredcot_jax.data.mathematics.expressions import Node, UnreadableError
 
 SIGNIFICANT_DIGITS = 6  # Of a decimal, to answer a number that it rounds.
 _POINTS = 3  # Values of the symbols at which two expressions are compared.
 _TRIES = 12
 _MAX_ITEMS = 32  # Of a list, set, tuple or matrix.
-
-_CONTAINERS = frozenset("relation list set bracket union difference reals matrix row ratio based".split())
-_NO_VALUES = _CONTAINERS | {"quantity", "plusminus"}
 
 
 def equal(gold: str, answer: str, *, any_form: bool = False) -> bool:
@@ -73,6 +70,14 @@ def _plain(text: str) -> str:
   return re.sub(r"\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z])", "", text).strip("$").removesuffix(".")
 
 
+class _Piece(NamedTuple):
+  """An interval of real numbers, or a point x as [x, x]."""
+
+  low: Node
+  high: Node
+  brackets: str
+
+
 class _Comparison:
   """One comparison: its random numbers, its budget, and whether forms count."""
 
@@ -86,17 +91,17 @@ class _Comparison:
 
   def answers(self, gold: Node, answer: Node) -> bool:
     """Whether `answer` is `gold`, whatever kinds of nodes they are."""
-    gold, answer = _with_items(gold), _with_items(answer)
+    gold, answer = parts.with_items(gold), parts.with_items(answer)
     if gold.kind in self._kinds:
       return self._kinds[gold.kind](self, gold, answer)
     if answer.kind == "relation":
-      value = _named_value(answer, self._same_value)
+      value = parts.named_value(answer, self._same_value)
       return value is not None and self.answers(gold, value)
     return self._quantities(gold, answer)
 
   def _list(self, gold: Node, answer: Node) -> bool:
     if answer.kind in ("list", "set"):
-      return self._unordered(gold.args, _without_names(gold, answer).args, self.answers)
+      return self._unordered(gold.args, parts.without_names(gold, answer).args, self.answers)
     if gold.name == "or" and self._on_the_line(gold, answer):
       return True
     # `(1, 2, 3)` for `1, 2, 3`, if the order is the same.
@@ -104,8 +109,8 @@ class _Comparison:
 
   def _set(self, gold: Node, answer: Node) -> bool:
     if answer.kind == "list":
-      answer = _without_names(gold, answer)
-    elif answer.kind == "relation" and answer.name == "in" and _name(answer.args[0]):
+      answer = parts.without_names(gold, answer)
+    elif answer.kind == "relation" and answer.name == "in" and parts.name_of(answer.args[0]):
       answer = answer.args[1]
     elif answer.kind != "set" and len(gold.args) == 1:
       return self.answers(gold.args[0], answer)
@@ -119,9 +124,9 @@ class _Comparison:
     if gold.name == "()" and answer.kind == "matrix" and all(len(row.args) == 1 for row in answer.args):
       return self._ordered(gold.args, [row.args[0] for row in answer.args])
     if gold.name == "()" and answer.kind == "list":
-      return self._ordered(gold.args, _coordinates(answer))
+      return self._ordered(gold.args, parts.coordinates(answer))
     if answer.kind == "relation" and answer.name == "=":
-      value = _named_value(answer, self._same_value)
+      value = parts.named_value(answer, self._same_value)
       return value is not None and self._bracket(gold, value)
     return self._on_the_line(gold, answer)
 
@@ -162,22 +167,24 @@ class _Comparison:
   def _relation(self, gold: Node, answer: Node) -> bool:
     if gold.name != "=" and self._on_the_line(gold, answer):
       return True
-    if gold.name in ("=", "in") and len(gold.args) == 2 and _name(gold.args[0]):
+    if gold.name in ("=", "in") and len(gold.args) == 2 and parts.name_of(gold.args[0]):
       if answer.kind != "relation":
         return self.answers(gold.args[1], answer)
       # The same name has to stand on one side of the answer.
-      sides = answer.args if _name(answer.args[0]) else answer.args[::-1]
+      sides = answer.args if parts.name_of(answer.args[0]) else answer.args[::-1]
       return (
-        answer.name == gold.name and _name(sides[0]) == _name(gold.args[0]) and self.answers(gold.args[1], sides[1])
+        answer.name == gold.name
+        and parts.name_of(sides[0]) == parts.name_of(gold.args[0])
+        and self.answers(gold.args[1], sides[1])
       )
     if answer.kind != "relation" or len(gold.args) != 2 or len(answer.args) != 2:
       return False
-    return any(self._sides(gold, turned) for turned in (answer, _turned(answer)) if turned.name == gold.name)
+    return any(self._sides(gold, turned) for turned in (answer, parts.turned(answer)) if turned.name == gold.name)
 
   def _sides(self, gold: Node, answer: Node) -> bool:
     """Whether left - right is the same up to a factor, which has to be positive for an inequality."""
     ours, theirs = (Node("sum", (side.args[0], Node("negative", (side.args[1],)))) for side in (gold, answer))
-    if any(part.kind in _NO_VALUES for part in (*ours.walk(), *theirs.walk())):
+    if any(part.kind in parts.NO_VALUES for part in (*ours.walk(), *theirs.walk())):
       return False
     if not self._any_form and not self._sides_as_simple(gold, answer):
       return False
@@ -188,7 +195,7 @@ class _Comparison:
 
   def _sides_as_simple(self, gold: Node, answer: Node) -> bool:
     zeros = [sum(values.exact(side) == 0 for side in node.args) for node in (gold, answer)]
-    if zeros[0] != zeros[1] or bool(_name(answer.args[0])) != bool(_name(gold.args[0])):
+    if zeros[0] != zeros[1] or bool(parts.name_of(answer.args[0])) != bool(parts.name_of(gold.args[0])):
       return False
     shared = [math.gcd(*(forms.content(side).numerator for side in node.args)) for node in (gold, answer)]
     if shared[1] > max(1, shared[0]) and not zeros[0]:
@@ -213,69 +220,76 @@ class _Comparison:
 
   def _on_the_line(self, gold: Node, answer: Node) -> bool:
     """Whether both are sets of real numbers with the same pieces, of one variable if both name it."""
-    names = {_variable(gold), _variable(answer)} - {""}
+    names = {parts.variable_of(gold), parts.variable_of(answer)} - {""}
     ours, theirs = self._pieces(gold), self._pieces(answer)
     if ours is None or theirs is None or len(names) > 1:
       return False
     return self._unordered(ours, theirs, self._same_piece)
 
-  def _pieces(self, node: Node) -> "list[tuple[Node, Node, str]] | None":
-    """A set of numbers as intervals (low, high, brackets) and points (x, x, "[]"), in its own order, or None."""
+  def _pieces(self, node: Node) -> list[_Piece] | None:
+    """The intervals and points of a set of numbers, in the order in which they are written; None for all else."""
     if node.kind == "reals":
-      return [(_INFINITY_BELOW, _INFINITY, "()")]
+      return [_Piece(parts.INFINITY_BELOW, parts.INFINITY, "()")]
     if node.kind == "set":
-      return [(item, item, "[]") for item in node.args]
+      return [_Piece(item, item, "[]") for item in node.args]
     if node.kind == "bracket" and len(node.args) == 2:
-      return [(*node.args, node.name)]  # type: ignore[list-item]
+      return [_Piece(node.args[0], node.args[1], node.name)]
     if node.kind == "relation":
       return self._pieces_of_relation(node)
     if node.kind == "union" or (node.kind == "list" and node.name == "or"):
-      parts = [self._pieces(arg) for arg in node.args]
-      return None if any(part is None for part in parts) else [piece for part in parts for piece in part or []]
+      joined: list[_Piece] = []
+      for arg in node.args:
+        pieces = self._pieces(arg)
+        if pieces is None:
+          return None
+        joined += pieces
+      return joined
     if node.kind == "difference" and node.args[0].kind == "reals" and node.args[1].kind == "set":
       return self._without_points(node.args[1].args)
     return None
 
-  def _pieces_of_relation(self, node: Node) -> "list[tuple[Node, Node, str]] | None":
+  def _pieces_of_relation(self, node: Node) -> list[_Piece] | None:
     if node.name == "in":
-      return self._pieces(node.args[1]) if _name(node.args[0]) else None
-    if node.name == "!=" and _name(node.args[0]):
+      return self._pieces(node.args[1]) if parts.name_of(node.args[0]) else None
+    if node.name == "!=" and parts.name_of(node.args[0]):
       return self._without_points(node.args[1:])
-    if node.name[0] == ">" if len(node.args) > 2 else not _name(node.args[0]):
-      node = _turned(node)
+    if node.name[0] == ">" if len(node.args) > 2 else not parts.name_of(node.args[0]):
+      node = parts.turned(node)
     signs = node.name.split()
-    if len(signs) == 1 and _name(node.args[0]) and signs[0] in ("<", "<=", ">", ">="):
+    if len(signs) == 1 and parts.name_of(node.args[0]) and signs[0] in ("<", "<=", ">", ">="):
       bound = node.args[1]
       if signs[0][0] == "<":
-        return [(_INFINITY_BELOW, bound, "(]" if signs[0] == "<=" else "()")]
-      return [(bound, _INFINITY, "[)" if signs[0] == ">=" else "()")]
-    if len(signs) == 2 and _name(node.args[1]) and all(sign in ("<", "<=") for sign in signs):
-      return [(node.args[0], node.args[2], ("(", "[")[signs[0] == "<="] + (")", "]")[signs[1] == "<="])]
+        return [_Piece(parts.INFINITY_BELOW, bound, "(]" if signs[0] == "<=" else "()")]
+      return [_Piece(bound, parts.INFINITY, "[)" if signs[0] == ">=" else "()")]
+    if len(signs) == 2 and parts.name_of(node.args[1]) and all(sign in ("<", "<=") for sign in signs):
+      return [_Piece(node.args[0], node.args[2], ("(", "[")[signs[0] == "<="] + (")", "]")[signs[1] == "<="])]
     return None
 
-  def _without_points(self, points: Sequence[Node]) -> "list[tuple[Node, Node, str]] | None":
-    if len(points) > _MAX_ITEMS or any(point.kind in _CONTAINERS or forms.symbols_of(point) for point in points):
+  def _without_points(self, points: Sequence[Node]) -> list[_Piece] | None:
+    if len(points) > _MAX_ITEMS or any(point.kind in parts.CONTAINERS or forms.symbols_of(point) for point in points):
       return None
     try:
       sorted_points = sorted(points, key=lambda point: values.context().re(self._evaluate(point, {})))
     except values.UndefinedError:
       return None
-    bounds = [_INFINITY_BELOW, *sorted_points, _INFINITY]
-    return [(low, high, "()") for low, high in itertools.pairwise(bounds)]
+    bounds = [parts.INFINITY_BELOW, *sorted_points, parts.INFINITY]
+    return [_Piece(low, high, "()") for low, high in itertools.pairwise(bounds)]
 
-  def _same_piece(self, gold: tuple[Node, Node, str], answer: tuple[Node, Node, str]) -> bool:
-    return gold[2] == answer[2] and all(map(self.answers, gold[:2], answer[:2]))
+  def _same_piece(self, gold: _Piece, answer: _Piece) -> bool:
+    return (
+      gold.brackets == answer.brackets and self.answers(gold.low, answer.low) and self.answers(gold.high, answer.high)
+    )
 
   # Values.
 
   def _quantities(self, gold: Node, answer: Node) -> bool:
     """Values with or without units: a unit may be left out or added, but not changed."""
-    (gold, ours), (answer, theirs) = _unit(gold), _unit(answer)
+    (gold, ours), (answer, theirs) = parts.unit_of(gold), parts.unit_of(answer)
     if ours and theirs and ours != theirs:
       return False
-    if gold.kind in _CONTAINERS or answer.kind in _CONTAINERS:
+    if gold.kind in parts.CONTAINERS or answer.kind in parts.CONTAINERS:
       return False
-    if "infinity" in (_infinity(gold), _infinity(answer)):
+    if "infinity" in (parts.constant_of(gold), parts.constant_of(answer)):
       return gold == answer
     if gold.name == "scientific" and expressions.power_of_ten(answer) is not None:
       answer = Node("number", name="scientific", value=values.exact(answer) or Fraction(0), digits=1)
@@ -288,26 +302,17 @@ class _Comparison:
     exact = values.exact(gold), values.exact(answer)
     if None not in exact and exact[0] == exact[1]:
       return True
-    decimals = sorted((node for node in (gold, answer) if _digits(node)), key=_digits)
+    decimals = sorted((node for node in (gold, answer) if parts.digits_of(node)), key=parts.digits_of)
     if decimals and not forms.symbols_of(gold):
       other = answer if decimals[0] is gold else gold
-      return _digits(decimals[0]) >= SIGNIFICANT_DIGITS and self._rounds_to(other, decimals[0])
+      return parts.digits_of(decimals[0]) >= SIGNIFICANT_DIGITS and self._rounds_to(other, decimals[0])
     return None in exact and self._same_value(gold, answer)
 
   def _rounds_to(self, node: Node, decimal: Node) -> bool:
-    """Whether the value of `node`, rounded or cut off to the digits of `decimal`, is `decimal`."""
-    size = values.exact(decimal) or Fraction(0)
-    if size == 0:
-      return False
-    unit = Fraction(10) ** (_magnitude(size) - _digits(decimal) + 1)
     value = values.exact(node)
     if value is None:
-      approximate = self._evaluate(node, {})
-      if values.context().im(approximate) != 0:
-        return False
-      value = Fraction(str(values.context().re(approximate)))
-    distance = value - size
-    return abs(distance) <= unit / 2 or (0 < distance < unit if size > 0 else -unit < distance < 0)
+      value = values.as_fraction(self._evaluate(node, {}))
+    return value is not None and values.rounds_to(value, values.exact(decimal) or Fraction(0), parts.digits_of(decimal))
 
   def _same_value(self, gold: Node, answer: Node) -> bool:
     """Whether two expressions have the same value wherever the first has one."""
@@ -361,144 +366,3 @@ class _Comparison:
     "difference": _on_the_line,
     "reals": _on_the_line,
   }
-
-
-# ---------------------------------------------------------------------------
-# Parts of answers.
-# ---------------------------------------------------------------------------
-
-_INFINITY = Node("constant", name="infinity")
-_INFINITY_BELOW = Node("negative", (_INFINITY,))
-_TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
-
-
-def _turned(relation: Node) -> Node:
-  signs = [_TURNED.get(sign, sign) for sign in reversed(relation.name.split())]
-  return Node("relation", relation.args[::-1], " ".join(signs))
-
-
-def _name(node: Node) -> str:
-  """The name of a symbol, of a product of symbols such as P A for P(A), or of a length |AB|; "" for all else."""
-  if node.kind == "symbol":
-    return node.name
-  if node.kind == "call" and node.name == "abs" and _name(node.args[0]):
-    return f"|{_name(node.args[0])}|"
-  if node.kind == "product" and len(node.args) <= 4 and all(arg.kind == "symbol" for arg in node.args):
-    return " ".join(arg.name for arg in node.args)
-  return ""
-
-
-def _variable(node: Node) -> str:
-  """The variable of an inequality or of `x in S`; "" where there is none."""
-  relations = (part for part in node.walk() if part.kind == "relation")
-  return next((_name(side) for relation in relations for side in relation.args if _name(side)), "")
-
-
-def _named_value(answer: Node, same_value: Callable[[Node, Node], bool]) -> Node | None:
-  r"""What stands behind the last sign of `x = 5`, `P(A) = \frac12`, `2 + 3 = 5` or `x = \frac13 \approx 0.33`.
-
-  None if the sides before it are no name and are not equal to it.
-  """
-  sides, signs = list(answer.args), answer.name.split()
-  if signs[-1] == "~" and (len(sides) > 2 or not _name(sides[0])):
-    sides, signs = sides[:-1], signs[:-1]
-  if any(sign not in ("=", "~") for sign in signs):
-    return None
-  value = sides[-1]
-  named = _name(sides[0]) or (sides[0].kind == "bracket" and all(map(_name, sides[0].args)))
-  before = sides[1:-1] if named else sides[:-1]
-  if before and any(part.kind in _NO_VALUES for side in sides for part in side.walk()):
-    return None
-  return value if all(same_value(value, side) for side in before) else None
-
-
-def _coordinates(answer: Node) -> tuple[Node, ...]:
-  """`1, 2` for `x = 1, y = 2`, whose names are in the alphabet's order; else the items as they are."""
-  if any(item.kind != "relation" or item.name != "=" for item in answer.args):
-    return answer.args
-  names = [_name(item.args[0]) for item in answer.args]
-  return tuple(item.args[1] for item in answer.args) if all(names) and names == sorted(set(names)) else ()
-
-
-def _without_names(gold: Node, answer: Node) -> Node:
-  """`1, 2` for `x = 1, x = 2` or `x = 1, 2`, if the reference has no names."""
-  if any(item.kind == "relation" for item in gold.args):
-    return answer
-  names = {_name(item.args[0]) for item in answer.args if item.kind == "relation" and item.name == "="}
-  if len(names) != 1 or "" in names:
-    return answer
-  items = (item.args[1] if item.kind == "relation" and item.name == "=" else item for item in answer.args)
-  return Node("list", tuple(items), ",")
-
-
-def _with_items(node: Node) -> Node:
-  r"""`3 + a, 3 - a` for `3 \pm a`, also in lists and sets and behind `x =`."""
-  if node.kind == "relation" and node.name == "=" and _name(node.args[0]):
-    sides = _with_items(node.args[1])
-    if sides.kind == "list" and node.args[1].kind != "list":
-      return Node("list", tuple(Node("relation", (node.args[0], side), "=") for side in sides.args), ",")
-  elif node.kind == "plusminus":
-    return Node("list", _both(node), ",")
-  elif node.kind in ("quotient", "product", "quantity") and any(arg.kind == "plusminus" for arg in node.args):
-    return Node("list", _both(node), ",")
-  elif node.kind in ("list", "set"):
-    items = [_with_items(item) for item in node.args]
-    flat = [part for item in items for part in (item.args if item.kind == "list" else (item,))]
-    return Node(node.kind, tuple(flat), node.name)
-  return node
-
-
-def _both(node: Node) -> tuple[Node, ...]:
-  """The two values of an expression with one plus-minus sign in it."""
-  if node.kind == "plusminus":
-    left, right = node.args
-    if left == expressions.integer(0):
-      return right, Node("negative", (right,))
-    terms = left.args if left.kind == "sum" else (left,)
-    return Node("sum", (*terms, right)), Node("sum", (*terms, Node("negative", (right,))))
-  place = next(i for i, arg in enumerate(node.args) if arg.kind == "plusminus")
-  variants = _both(node.args[place])
-  return tuple(
-    Node(node.kind, (*node.args[:place], variant, *node.args[place + 1 :]), node.name) for variant in variants
-  )
-
-
-def _infinity(node: Node) -> str:
-  return node.args[0].name if node.kind == "negative" else node.name if node.kind == "constant" else ""
-
-
-def _magnitude(value: Fraction) -> int:
-  """The largest n with 10^n <= |value|, for a value other than 0."""
-  power = len(str(abs(value.numerator))) - len(str(value.denominator))
-  return power if abs(value) >= Fraction(10) ** power else power - 1
-
-
-def _digits(node: Node) -> int:
-  """Significant digits of a literal decimal; 0 for all else, which is exact."""
-  node = node.args[0] if node.kind == "negative" else node
-  return node.digits if node.kind == "number" else 0
-
-
-_UNIT_NAMES = {
-  "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "kilometer": "km", "kilometre": "km",
-  "meter": "m", "metre": "m", "inche": "in", "inch": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi",
-  "gram": "g", "kilogram": "kg", "pound": "lb", "lb": "lb", "ounce": "oz", "second": "s", "sec": "s", "minute": "min",
-  "hour": "h", "hr": "h", "liter": "L", "litre": "L", "l": "L", "°": "degree", "deg": "degree", "percent": "%",
-  "percentage": "%", "radian": "rad", "usd": "dollar", "newton": "N", "joule": "J", "watt": "W", "volt": "V",
-  "cents": "cent", "per": "/", "mph": "mi / h", "kph": "km / h", "kmh": "km / h",
-}  # fmt: skip
-
-
-def _unit(node: Node) -> tuple[Node, str]:
-  """A value and its unit in one spelling; "" without a unit."""
-  if node.kind != "quantity":
-    return node, ""
-  words = []
-  for word in node.name.replace("square ", "sq ").replace("cubic ", "cu ").split():
-    singular = word.rstrip(".")
-    if len(singular) > 2 and singular.endswith("s"):
-      singular = singular[:-1]
-    words.append(_UNIT_NAMES.get(singular, _UNIT_NAMES.get(singular.lower(), singular)))
-  text = " ".join(words)
-  text = re.sub(r"\bsq (\S+)", r"\1 ^2", text)
-  return node.args[0], re.sub(r"\bcu (\S+)", r"\1 ^3", text)

@@ -14,6 +14,7 @@ Each text has one reading:
 
 - `1,234` outside brackets is a number; `1, 2`, `(1,234)` and `\{1,234\}` hold two items.
 - `1\frac{1}{2}` and `1 1/2` are mixed numbers, 3/2.
+- `0.1\overline{6}` is 1/6.
 - `4.5e33` and `4.5\times 10^{33}` are the same number.
 - `1/2x` is (1/2) x; `\frac12` is 1/2; `2^10` is 1024; `2^3^2` is not read.
 - `\sin 2x/3` is (sin 2x) / 3. A `\log` without a base has the base 10.
@@ -46,8 +47,8 @@ class Node:
 
   kind        args                     name
   ----------  -----------------------  ---------------------------------------
-  number      ()                       "integer", "decimal", "mixed", "unreduced" (a mixed number that is not in
-                                       lowest terms) or "scientific"
+  number      ()                       "integer", "decimal", "repeating", "mixed", "unreduced" (a mixed number that
+                                       is not in lowest terms) or "scientific"
   symbol      ()                       the symbol, with its subscript and primes
   constant    ()                       "pi", "e", "i" or "infinity"
   sum         two or more terms
@@ -589,7 +590,11 @@ class _Parser:
 
 
 def _number_of(text: str) -> Node:
-  """Digits with a decimal point and an exponent, either of which may be missing."""
+  """Digits with a decimal point and an exponent or repeating digits, each of which may be missing."""
+  if "overline" in text:
+    whole, once, repeating = re.fullmatch(r"(\d*)\.(\d*)\D+(\d+)\}", text).groups()  # type: ignore[union-attr]
+    fraction = Fraction(int(once or 0)) + Fraction(int(repeating), 10 ** len(repeating) - 1)
+    return Node("number", name="repeating", value=int(whole or 0) + fraction / 10 ** len(once))
   mantissa, _, exponent = text.lower().partition("e")
   if abs(int(exponent or 0)) > MAX_EXPONENT:
     raise UnreadableError("The exponent is too large.")

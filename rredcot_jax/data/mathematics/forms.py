@@ -105,7 +105,7 @@ def _in_sum(node: Node) -> Iterator[str]:
   for term in node.args:
     if _coefficient(term)[0] == 0:
       yield "term of zero"
-    if _unsigned(term).kind == "sum":
+    if any(part.kind == "sum" for part in _arithmetic(term)):
       yield "nested sum"
     if term.kind == "negative" and _is_negative(term.args[0]):
       yield "double sign"
@@ -115,19 +115,27 @@ def _in_product(node: Node) -> Iterator[str]:
   numbers = [factor for factor in node.args if abs(_coefficient(factor)[0]) != 1]
   yield from ["numbers to multiply"] * (len(numbers) - 1)
   for factor in node.args:
-    if _unsigned(factor) == Node("number", name="integer", value=Fraction(1)):
+    if _unsigned(factor).kind == "number" and _unsigned(factor).value == 1:
       yield "factor of one"
   for factor in node.args[1:]:
     if _is_negative(factor):
       yield "double sign"
-  bases = Counter(_base_key(factor) for factor in node.args if factor.kind != "number")
-  for count in bases.values():
-    yield from ["powers to multiply"] * (count - 1)
-  roots = Counter(_key(factor.args[1]) for factor in node.args if factor.kind == "root")
-  for count in roots.values():
-    yield from ["roots to multiply"] * (count - 1)
+  if _coefficient(node)[0] == 0:
+    yield "factor of zero"
+  yield from _repeated_factors(node)
   yield from ["fractions to multiply"] * (sum(factor.kind == "quotient" for factor in node.args) - 1)
   yield from _sums_in_product(node)
+
+
+def _repeated_factors(node: Node) -> Iterator[str]:
+  """Powers of one base and roots of one index that could be joined, above and below fraction bars."""
+  factors = [factor for factor in _factors(node) if factor.kind != "number"]
+  bases = Counter(_structure(factor.args[0] if factor.kind == "power" else factor) for factor in factors)
+  for count in bases.values():
+    yield from ["powers to multiply"] * (count - 1)
+  roots = Counter(_structure(factor.args[1]) for factor in factors if factor.kind == "root")
+  for count in roots.values():
+    yield from ["roots to multiply"] * (count - 1)
 
 
 def _sums_in_product(node: Node) -> Iterator[str]:
@@ -161,12 +169,17 @@ def _in_quotient(node: Node) -> Iterator[str]:
   contents = content(above), content(below)
   if math.gcd(contents[0].numerator, contents[1].numerator) > 1 or _unsigned(below).value == 1:
     yield "reducible fraction"
+  if _coefficient(above)[0] == 0:
+    yield "factor of zero"
   if _is_negative(below):
     yield "double sign"
   if any(part.kind == "quotient" for arg in node.args for part in _arithmetic(arg)):
     yield "nested fraction"
   if symbols_of(below):
     yield "denominator"
+  elif _key(below):
+    yield "constant in a denominator"
+  yield from _repeated_factors(node)
   if any(part.kind == "root" or _is_fractional_power(part) or _is_i(part) for part in _arithmetic(below)):
     yield "root in a denominator"
 
@@ -174,13 +187,19 @@ def _in_quotient(node: Node) -> Iterator[str]:
 def _in_power(node: Node) -> Iterator[str]:
   base, exponent = node.args
   size, rest = _coefficient(exponent)
-  if rest or exponent.kind == "sum":
+  if base.kind == "number" and base.value in (0, 1):
+    yield "number to a power"
+  if rest:
     if base.kind == "sum":
       yield "product of sums"
+    if not symbols_of(exponent):
+      yield "exponent to evaluate"
     return
   if size in (0, 1):
     yield "exponent of zero or one"
   if base.kind == "constant" and base.name == "e":
+    if size < 0:
+      yield "constant in a denominator"
     return
   if _key(base) == "" or _is_i(base):
     yield "number to a power"
@@ -275,7 +294,7 @@ def _unsigned(node: Node) -> Node:
 
 def _is_negative(node: Node) -> bool:
   """Whether a minus sign comes first."""
-  return node.kind == "negative" or (node.kind == "product" and node.args[0].kind == "negative")
+  return node.kind == "negative" or (node.kind in ("product", "quotient") and _is_negative(node.args[0]))
 
 
 def _is_i(node: Node) -> bool:
@@ -328,9 +347,13 @@ def _structure(node: Node) -> str:
   return f"{node.kind}:{node.name}({','.join(sorted(parts) if node.kind == 'sum' else parts)})"
 
 
-def _base_key(factor: Node) -> str:
-  factor = _unsigned(factor)
-  return _structure(factor.args[0] if factor.kind == "power" else factor)
+def _factors(node: Node) -> Iterator[Node]:
+  """What a product or quotient is made of, above and below fraction bars, without signs."""
+  if node.kind in ("product", "quotient", "negative"):
+    for arg in node.args:
+      yield from _factors(arg)
+  else:
+    yield node
 
 
 def content(node: Node) -> Fraction:
@@ -381,33 +404,36 @@ def _degree_of_denominators(node: Node) -> int:
 
 def _has_power(size: Fraction, n: int, *, whole: bool) -> bool:
   """Whether something comes out of the n-th root of `size` (`whole`: the radicand is nothing else)."""
-  if size < 0 or size.denominator > 1 or (whole and size <= 1) or size.numerator.bit_length() > _MAX_RADICAND_BITS:
+  if size <= 0 or size.denominator > 1 or (whole and size == 1) or size.numerator.bit_length() > _MAX_RADICAND_BITS:
     return True
   rest = size.numerator
-  powers = []
-  for prime in range(2, _PRIMES_BELOW):
-    count = 0
-    while rest % prime == 0:
-      rest, count = rest // prime, count + 1
+  counts = []
+  for prime in range(2, _PRIMES_BELOW):  # Composite numbers do not divide what is left.
+    count = _multiplicity(rest, prime)
     if count >= n:
       return True
-    powers.append(count)
+    counts.append(count)
+    rest //= prime**count
   divisors = [k for k in range(2, n + 1) if n % k == 0]
   if rest > 1:
-    return any(_perfect(rest, k) and (k == n or not any(count % k for count in powers)) for k in divisors)
+    return any(_is_perfect(rest, k) and (k == n or not any(count % k for count in counts)) for k in divisors)
   # The fourth root of 4 is the root of 2.
-  return whole and any(all(count % k == 0 for count in powers) for k in divisors if any(powers))
+  return whole and any(all(count % k == 0 for count in counts) for k in divisors if any(counts))
 
 
-def _perfect(value: int, k: int) -> bool:
-  low, high = 1, 1 << (value.bit_length() // k + 1)
-  while low < high:
-    middle = (low + high) // 2
-    if middle**k < value:
-      low = middle + 1
-    else:
-      high = middle
-  return low**k == value
+def _multiplicity(value: int, prime: int) -> int:
+  """How often `prime` divides `value`, at most as often as `value` has bits."""
+  bits = value.bit_length()
+  return next((count for count in range(bits) if value % prime ** (count + 1)), bits)
+
+
+def _is_perfect(value: int, k: int) -> bool:
+  """Whether `value` is the k-th power of an integer."""
+  root = 0
+  for bit in reversed(range(value.bit_length() // k + 1)):  # The largest root, bit by bit.
+    if (root | 1 << bit) ** k <= value:
+      root |= 1 << bit
+  return bool(root**k == value)
 
 
 def _is_factorization(node: Node) -> bool:

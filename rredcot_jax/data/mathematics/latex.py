@@ -60,6 +60,7 @@ def to_latex(text: str) -> str:
 
 _EXPONENT = r"(?:[eE][+-]?\d{1,4}(?![\dA-Za-z.]))?"
 PLAIN_NUMBER = rf"(?:\d+(?:\.\d*)?|\.\d+){_EXPONENT}"
+REPEATING = r"\d*\.\d*\\overline\s*\{\d+\}"
 # Digits in threes, between which stands what can be nothing but a separator.
 _GROUPS = rf"\d{{1,3}}(?:(?:\{{,\}}|,\\!|\\[,;:! ]|~)\s*\d{{3}})+(?!\d)(?:\.\d+)?{_EXPONENT}"
 _DOTTED = r"[1-9]\d{0,2}(?:\.\d{3}){2,}(?![\d.])"
@@ -71,7 +72,7 @@ _TOKEN = re.compile(
   rf"""
   (?P<space>(?:\s|\\[,;:!>\ ]|~|\\q?quad(?![A-Za-z]))+)
   |(?P<groups>{_GROUPS}|{_DOTTED})
-  |(?P<number>{PLAIN_NUMBER})
+  |(?P<number>{REPEATING}|{PLAIN_NUMBER})
   |\\(?P<text>{_TEXT_COMMANDS})\s*\{{(?P<content>[^{{}}]*)\}}
   |\\(?P<edge>begin|end)\s*\{{(?P<environment>[a-z*]+)\}}(?:\s*\{{[lcr|]+\}})?
   |(?P<currency>\\\$|\\pounds(?![A-Za-z])|\\euro(?![A-Za-z])|[€£¥₹¢$])

@@ -204,3 +204,23 @@ _INVERSES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "ac
 def close(left: Any, right: Any) -> bool:
   """Whether two values are the same up to what 50 digits lose."""
   return abs(left - right) <= _TOLERANCE * max(abs(left), abs(right), _TOLERANCE)
+
+
+def as_fraction(value: Any) -> Fraction | None:
+  """A real value of `evaluate` as a fraction, to its last digit; None for a complex one."""
+  return Fraction(str(context().re(value))) if context().im(value) == 0 else None
+
+
+def rounds_to(value: Fraction, decimal: Fraction, digits: int) -> bool:
+  """Whether `value`, rounded or cut off to so many significant digits, is `decimal`; False for a decimal of 0."""
+  if decimal == 0:
+    return False
+  unit = Fraction(10) ** (_magnitude(decimal) - digits + 1)
+  distance = value - decimal
+  return abs(distance) <= unit / 2 or (0 < distance < unit if decimal > 0 else -unit < distance < 0)
+
+
+def _magnitude(value: Fraction) -> int:
+  """The largest n with 10^n <= |value|, for a value other than 0."""
+  power = len(str(abs(value.numerator))) - len(str(value.denominator))
+  return power if abs(value) >= Fraction(10) ** power else power - 1
