@@ -22,10 +22,10 @@ from rredcot_jax.parallel import sharding
 
 _QUERY_BLOCK = 128
 _MAX_BLOCKS = 16  # Each is compiled on its own.
-_PREFIX_BLOCK = 2048  # Columns of a long prefix that branches look at together.
+_PREFIX_BLOCK = 2048  # Columns of a long prefix that branches attend to at once.
 _KERNEL_BLOCK = 512  # Queries and keys of a step of the Pallas kernel; a multiple of 128.
 _CUDNN_HEAD_DIM = 128  # The most that all GPUs since Ampere have.
-_MASKED = -1e30  # A logit that is not looked at; finite, so that a row of nothing else has no NaN.
+_MASKED = -1e30  # A masked logit. It is finite, because a row of -inf alone gives NaN.
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
@@ -104,8 +104,8 @@ def attend(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Arr
     query: [B, S, H, D].
     key, value: [B, S, KV, D], H a multiple of KV.
     mask: [B, S] bool, True on real tokens; a query sees real tokens up to its own.
-      One that sees none gives finite garbage, which callers mask.
-    kind: static, one of `config.ATTENTIONS`; "auto" is what the platform has.
+      A query that sees none gives a finite result without meaning, which callers mask.
+    kind: static, one of `config.ATTENTIONS`; "auto" is the best that the platform has.
 
   Returns:
     [B, S, H, D].
@@ -117,7 +117,7 @@ def attend(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Arr
   if kind == "auto":
     kind = {"tpu": "splash", "gpu": "cudnn"}.get(sharding.platform(), "blocks")
     if kind == "cudnn" and (query.dtype == jnp.float32 or query.shape[-1] % 8 or query.shape[-1] > _CUDNN_HEAD_DIM):
-      kind = "blocks"  # cuDNN's kernel has 16 bits and these head dimensions only.
+      kind = "blocks"  # cuDNN's kernel computes 16-bit types and these head dimensions only.
   if kind == "splash":
     return _attend_splash(query, key, value, mask)
   if kind == "cudnn":
@@ -137,7 +137,8 @@ def _attend_splash(query: chex.Array, key: chex.Array, value: chex.Array, mask: 
     block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
   )
 
-  # Elsewhere than on a TPU the kernel is interpreted, which tests do. Within a part there is no mesh to ask.
+  # The kernel is interpreted where there is no TPU, as in tests. The platform is asked here, because inside a part
+  # there is no mesh to ask.
   interpret = sharding.platform() != "tpu"
 
   def attend_part(query: chex.Array, key: chex.Array, value: chex.Array, segments: chex.Array) -> chex.Array:
@@ -179,7 +180,7 @@ def _attend_cudnn(query: chex.Array, key: chex.Array, value: chex.Array, mask: c
   """`attend` by cuDNN's kernel, which takes the lengths of rows instead of a mask over their keys.
 
   The real tokens of each row are moved to its start, in their order, and the result back to their
-  places; padding gets 0. A mask would become a bias [B, H, S, S], which the kernel is there to avoid.
+  places. Padding gets 0. A mask would become a bias [B, H, S, S], whose memory the kernel exists to avoid.
   """
   key, value, heads = _key_heads_of_parts(query, key, value)
   split = ("rows", None, heads, None)
@@ -193,7 +194,7 @@ def _attend_cudnn(query: chex.Array, key: chex.Array, value: chex.Array, mask: c
       take(query, order), take(key, order), take(value, order), is_causal=True, query_seq_lengths=lengths,
       key_value_seq_lengths=lengths, implementation="cudnn",
     )  # fmt: skip
-    # What the kernel leaves behind a row's length is not looked at, not even by a gradient.
+    # What the kernel writes after a row's length has no meaning. It is masked here, also for the gradient.
     return jnp.where(mask[:, :, None, None], take(out, jnp.argsort(order, axis=1)), 0)
 
   return sharding.each_part(attend_part, (query, key, value, mask), (split, split, split, ("rows", None)), split)
@@ -202,9 +203,9 @@ def _attend_cudnn(query: chex.Array, key: chex.Array, value: chex.Array, mask: c
 def _attend_blocks(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
   """`attend` in XLA's operations.
 
-  Blocks of queries look at the keys up to their own end only, and the gradient
-  computes a block's weights again instead of keeping them: half the work of the
-  whole square, and memory that grows with S instead of S^2.
+  A block of queries attends only to the keys up to its own end. This is half the work of
+  the whole square. The gradient computes a block's weights again instead of keeping them,
+  so memory grows with S and not with S^2.
   """
   size = query.shape[1]
   block = max(_QUERY_BLOCK, -(-size // _MAX_BLOCKS))
@@ -252,8 +253,8 @@ def mean_weights(query: chex.Array, key: chex.Array, mask: chex.Array) -> chex.A
 def attend_one(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
   """`attend` of one query a row to a cache, softmax in float32.
 
-  Written out, because one query a row is a product of a matrix and a few vectors:
-  with the keys as its left side it is four times faster on CPU than the library's order.
+  It is written out because one query a row is a product of a matrix and a few vectors. With
+  the keys as the left side this is four times faster on CPU than the library's order.
 
   Args:
     query: [B, H, D].
@@ -314,7 +315,7 @@ def _attend_keys(
 
   Returns:
     [N, KV, Q.., G, D] results and [N, KV, Q.., G] log-sum-exp, float32 both. A query that sees nothing
-    gives finite garbage of log-sum-exp `_MASKED` or so, which no merge looks at.
+    gives a finite result without meaning, with a log-sum-exp near `_MASKED`, so that its weight in a merge is 0.
   """
   n, kv, *_, d = query.shape
   flat = query.reshape(n, kv, -1, d)
@@ -337,7 +338,7 @@ def _attend_prefix(
   if c <= _PREFIX_BLOCK:
     return _attend_keys(query, prefix_key, prefix_value, by_query(prefix_mask))
 
-  # A block has columns of every part that a mesh splits them into: their order does not matter.
+  # A mesh may split the columns into parts. Each block takes columns of every part, because their order is free.
   parts = sharding.parts("tokens")
   count = -(-c // _PREFIX_BLOCK)
   room = -c % (parts * count)
