@@ -1,8 +1,8 @@
 """Renders a chat template, which may come from anywhere, in a process of its own with bounded time, memory and output.
 
-A template is a program. Jinja's sandbox keeps it from Python's internals and bounds nothing: nested
-loops run for ever, and one multiplication makes a text of gigabytes. So it runs in a child process that
-imports jinja2 alone, and whose time, memory and result are limited.
+A template is a program. Jinja's sandbox keeps it away from Python's internals, but bounds neither time nor
+memory. Nested loops can run for ever, and one multiplication can make a text of gigabytes. So the template
+runs in a child process that imports jinja2 alone. The child's time, memory and result are limited.
 
 The language is transformers': the same options, extensions, filters and globals as in
 `transformers.utils.chat_template_utils`. Three things differ, so that a prompt is the same in every run.
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# The moment that templates with a date are told: the date that Llama 3's own take where they are told none.
+# The date that templates are given. It is the one that Llama 3's templates use by default.
 NOW = datetime.datetime(2024, 7, 26)
 SECONDS, MEGABYTES, MOST_CHARACTERS = 10, 512, 2**20
 
@@ -31,8 +31,8 @@ def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapp
     variables: what else it may read, such as the names of special tokens.
 
   Raises:
-    ValueError: of one sentence part, such as "it is not done after 10 seconds"; what a template says
-      itself is in it as it was said, so the caller shortens it and makes it visible.
+    ValueError: with a part of a sentence, such as "it is not done after 10 seconds". It may quote what the
+      template itself says, so the caller shortens it and escapes it.
   """
   if len(template) > MOST_CHARACTERS:
     raise ValueError(f"it is {len(template)} characters long, more than {MOST_CHARACTERS}")
@@ -41,7 +41,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapp
 
 @functools.lru_cache(maxsize=64)
 def _in_child(given: str) -> str:
-  # -P: the folder of this file is not searched, whose modules are called as other people's are.
+  # -P keeps this file's folder off the search path, because modules there share names with other packages.
   command = [sys.executable, "-P", "-X", "utf8", __file__]
   try:
     done = subprocess.run(command, input=given.encode(), capture_output=True, timeout=SECONDS, check=False)
@@ -75,7 +75,7 @@ def _answer(given: Mapping[str, Any]) -> dict[str, str]:
     return {"text": "".join(pieces)}
   except MemoryError:
     return {"error": f"it needs more than {MEGABYTES} megabytes"}
-  except Exception as error:  # Of any type: a template can make Python raise whatever it likes.
+  except Exception as error:  # Of any type, because a template can make Python raise any of them.
     return {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
 
 
@@ -100,7 +100,7 @@ def _environment() -> Any:
       return str(caller())
 
   class Namespace(jinja2.utils.Namespace):
-    """A namespace without attributes of Python's own."""
+    """A namespace without Python's own attributes, so that a template cannot reach them."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
       self, *rest = args
