@@ -45,19 +45,19 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How a model is computed: changes its speed and memory, and its result by rounding alone.
+  """How a model is computed. It changes speed and memory, and the result by rounding alone.
 
-  dtype: of matrix products and of what is kept between them, one of `DTYPES`.
-    Parameters and the optimizer's state stay float32 and are rounded when used; norms,
+  dtype: of matrix products and of activations, one of `DTYPES`. Parameters and the
+    optimizer's state stay float32, and parameters are rounded when they are used. Norms,
     softmax, log-probabilities and sums of gradients are float32.
-  remat: what a layer keeps for its gradient besides its input, the rest being computed
-    again; one of `REMATS`: "dots" the results of matrix products with parameters and
-    attention's, "none" everything (nothing is computed again), "attention" attention's result
-    alone, "full" nothing.
-  attention: of whole sequences, one of `ATTENTIONS`: "blocks" ours, "splash" JAX's Pallas
-    kernel for TPUs, "cudnn" for GPUs, "auto" the one that the platform has.
+  remat: what a layer keeps for its gradient besides its input, one of `REMATS`. The rest
+    is computed again. "dots" keeps the results of matrix products with parameters and of
+    attention, "none" keeps everything and computes nothing again, "attention" keeps
+    attention's result alone, "full" keeps nothing.
+  attention: how whole sequences attend, one of `ATTENTIONS`. "blocks" is ours, "splash" is
+    JAX's Pallas kernel for TPUs, "cudnn" is for GPUs, "auto" takes the one of the platform.
   log_prob_chunk: tokens of a row whose log-probabilities over the vocabulary exist at
-    once, forward and backward; 0 is all of them.
+    once, forward and backward. 0 is all of them.
   """
 
   dtype: str = "float32"
