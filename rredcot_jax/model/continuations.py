@@ -4,10 +4,10 @@ A prompt is prefilled once, by the sampler that wrote the trace: a continuation 
 trace's cache before its cut and keeps only its own tokens' keys and values. Its first
 input is the last token of its prefix, run again, as in scoring.py.
 
-Continuations end at different times, so they are not run in fixed chunks: a row has a
-queue of (state, sample) and some slots, and a slot whose continuation has ended takes
-the next. Memory grows with the slots and not with K k, states that do not exist are
-never queued, and nothing waits for the longest but the queue's end.
+Continuations end at different times, so they are not run in fixed chunks. A row has a
+queue of (state, sample) and some slots. A slot whose continuation has ended takes the
+next one from the queue. Memory therefore grows with the slots and not with K k. States
+that do not exist are never queued. Slots are idle only when the queue is empty.
 
 Randomness: continuation m of state j of row i draws its token t with
 fold_in(fold_in(fold_in(fold_in(key, i), j), m), t): no result depends on slots, rounds
@@ -84,9 +84,8 @@ def generate_from_states(
     segments: fields [B, ...]; state j is cut at `starts[j]`.
     key: the call's key; see the module's docstring.
     k: continuations a state.
-    max_tokens: the most tokens of a trace, at least T: a continuation of state j has
-      room for `max_tokens - starts[j]`, so that its success is the policy's under
-      the limit it was sampled with.
+    max_tokens: the most tokens of a trace, at least T. A continuation of state j has room
+      for `max_tokens - starts[j]`, so that it ends under the limit that the trace had.
     temperature, top_k, top_p: see `sampling.sampling_log_probs`; the rollout's own, to value its policy.
     eos_id: the id or the ids that end a continuation; the one that does belongs to it.
     pad_id: fills the places after it.
@@ -134,11 +133,11 @@ def generate_from_states(
     active = slot.item < total[:, None]
     state, sample = jnp.minimum(slot.item // k, k_max - 1), slot.item % k
     start = take(starts, state)
-    # The column of the last prefix token, which is not read but run again.
+    # The last prefix token's column is not read, because the token is run again.
     cut = start + (width - 1)
     token = jnp.where(slot.age == 0, take(tokens, cut), slot.last)
     prefix_mask = jnp.logical_and(real[:, None], columns < cut[..., None])
-    # All slots write one column, and columns are reused in turn: a slot's own are the last `age` and this one.
+    # All slots write the same column, and columns are reused in turn. A slot's own are the last `age` and this one.
     own_mask = ((i - own_columns) % max_tokens)[None, None] <= slot.age[..., None]
     hidden, branches = decoder.decode_branches(
       params, config, cache, prefix_mask, branches, token, i % max_tokens, own_mask
@@ -151,7 +150,7 @@ def generate_from_states(
     chosen = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
     stopped = anatomy.is_any_of(token, anatomy.id_tuple("eos_id", eos_id))
     ended = jnp.logical_and(active, jnp.logical_or(stopped, slot.age + 1 == max_tokens - start))
-    # Places out of range are dropped: idle slots write nothing.
+    # Idle slots have places out of range, which are dropped.
     place = jnp.where(active, slot.item, k_max * k)
     drawn = drawn.replace(
       tokens=_set_tokens(drawn.tokens, place, slot.age, token),
