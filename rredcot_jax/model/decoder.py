@@ -10,7 +10,7 @@ frozen record and a pytree, and the four pure functions below:
   run_branches     many continuations        -> hidden states, cache shared and untouched
   decode_branches  one token a continuation  -> hidden states, cache shared, the branches' own extended
 
-`forward_from_embeddings` and `attention_weights` are `forward` opened up for attribution.py.
+`forward_from_embeddings` and `attention_weights` are variants of `forward` for attribution.
 """
 
 import functools
@@ -30,7 +30,7 @@ from rredcot_jax.parallel import sharding
 Params = Any
 
 _KEPT = jax.checkpoint_policies.save_only_these_names("attention")
-# By `Compute.remat`. "dots" keeps the kernels' attention too, which has no matrix product to be told by.
+# By `Compute.remat`. "dots" also keeps the attention kernels' results by name, because XLA sees no matrix product.
 _POLICIES = {
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KEPT
@@ -45,8 +45,8 @@ class Cache:
   """Keys and values of a prompt and its trace, column by column.
 
   Columns [0, P) hold the left-padded prompt and P + t holds trace token t. The
-  last sampled token is never run, so its column holds nothing; no state is cut
-  behind it (the state after the last token is terminal).
+  last sampled token is never run, so its column holds nothing. No state needs that column,
+  because the state after the last token is terminal.
   """
 
   key: chex.Array  # [L, B, KV, P + T, D], rotary positions applied.
@@ -272,8 +272,8 @@ def decode_branches(
 ) -> tuple[chex.Array, Cache]:
   """Runs one token of M continuations of each row's trace, which is read from the cache.
 
-  A branch keeps its own tokens in its own columns, in any order: keys carry their
-  positions, so that branches of any age write the same `column`.
+  A branch keeps its own tokens in its own columns. Their order is free, because keys carry
+  their positions. So branches of different lengths can all write the same `column`.
 
   Args:
     params: as `init` makes them.
@@ -319,7 +319,7 @@ def logits(params: Params, hidden: chex.Array) -> chex.Array:
 
 
 def head_of(params: Params) -> chex.Array:
-  """[V, D], what hidden states are compared with."""
+  """[V, D], the output head: the table of embeddings where the two are tied."""
   return params["head"] if "head" in params else params["embedding"]
 
 
@@ -358,7 +358,7 @@ def _placed(x: chex.Array) -> chex.Array:
 def _placed_heads(x: chex.Array) -> chex.Array:
   """[B, S, H, D] or [B, M, S, H, D] beside a product with parameters: as `_placed`, and heads where a mesh splits any.
 
-  Left to itself the compiler gathers whole traces of all chips for the gradients of these parameters.
+  Without this the compiler gathers the whole traces of all chips for the gradients of these parameters.
   """
   return sharding.constrain(x, "rows", "tokens", *[None] * (x.ndim - 4), "heads", None)
 
