@@ -36,8 +36,8 @@ def save(
 
   Args:
     config, params: the model.
-    directory: made if it is not there; the index is written last, so that an
-      interrupted save cannot be taken for a checkpoint.
+    directory: made if it is not there. The index is written last, so that an interrupted
+      save is not mistaken for a checkpoint.
     tokenizer: written beside it, if given, and its special tokens into config.json.
     companions: a directory whose config.json, generation_config.json and chat template are
       taken over instead of written anew: the checkpoint that the model started from.
@@ -101,7 +101,7 @@ def _taken_over(path: pathlib.Path, config: ModelConfig, described: dict[str, An
 
 
 def _generation(companions: str | os.PathLike | None, tokenizer: Any, end_ids: Sequence[int]) -> dict[str, Any]:
-  """What generation_config.json is to hold: that of the companions, and every id that ends a trace."""
+  """The contents of generation_config.json: those of the companions, and every id that ends a trace."""
   inherited = None if companions is None else pathlib.Path(companions) / GENERATION
   kept, ends = {}, [] if tokenizer is None else [int(tokenizer.eos_token_id)]
   if inherited is not None and inherited.is_file():
