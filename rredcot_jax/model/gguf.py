@@ -1,7 +1,7 @@
 """GGUF files: sizes, tensors and the tokenizer of a Llama, Qwen2 or Qwen3 model.
 
-The `gguf` library undoes the quantisation; what is here is the names, and the order of rotary pairs that
-Llama files are stored in.
+The `gguf` library undoes the quantisation. This module maps names, and undoes the order of rotary pairs in which
+Llama files are stored.
 """
 
 import dataclasses
@@ -37,11 +37,11 @@ _BLOCK = {
   "ffn_down": "mlp.down_proj",
 }
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# Llama 3's RoPE scaling is stored as what each frequency is divided by; only its factor differs among the models.
+# Llama 3's RoPE scaling is stored as a divisor for each frequency. Only the factor differs among the models.
 _ROPE_TABLE = "rope_freqs.weight"
 _LLAMA3 = RopeScaling("llama3", 1.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
 
-# How text is taken apart before the merges, by the name that GGUF gives it, as in the models' tokenizer.json.
+# How text is split before the merges, by GGUF's name for it, as in the models' tokenizer.json.
 _WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -51,7 +51,7 @@ _SPLITS = {
   "deepseek-r1-qwen": _WORDS.format(digits=""),
   "llama-bpe": _WORDS.format(digits="{1,3}"),
 }
-# Files of before May 2024 do not name theirs, or call it "default"; what they mean cannot be known.
+# Files older than May 2024 do not name theirs, or call it "default". They are refused.
 _PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS)
 
 
@@ -107,7 +107,7 @@ class GgufFile:
       mlp_width=fields.integer("feed_forward_length"),
       rope_theta=fields.number("rope.freq_base", 10_000.0),
       rope_scaling=self._rope_scaling(fields),
-      # Stored as float32; six digits give back the decimal that was meant.
+      # It is stored as float32. Rounding to six digits restores the decimal number of the original.
       norm_epsilon=float(f"{fields.number('attention.layer_norm_rms_epsilon'):.6g}"),
       qkv_bias=self._architecture == "qwen2",
       qk_norm=self._architecture == "qwen3",
@@ -122,7 +122,7 @@ class GgufFile:
     return {name: tensor.shape for name, tensor in tensors}
 
   def file(self, name: str) -> pathlib.Path:
-    """This one."""
+    """The path of this file, which holds every tensor."""
     return self.path
 
   def read(self, name: str) -> np.ndarray:
@@ -147,7 +147,7 @@ class GgufFile:
     """The tokenizer that the file carries.
 
     Raises:
-      ValueError: if it is no byte-level BPE, or takes text apart in a way that is not known here.
+      ValueError: if it is no byte-level BPE, or splits text in a way that is not known here.
     """
     fields = self._fields
     kind, split = fields["tokenizer.ggml.model"], fields.values.get("tokenizer.ggml.pre")
@@ -174,7 +174,7 @@ class GgufFile:
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}
-    # Llama 3 looks a word up whole before it merges.
+    # Llama 3 first looks up the whole word, and merges only if it is not there.
     fast = tokenizers.Tokenizer(
       tokenizers.models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=split == "llama-bpe")
     )
@@ -197,7 +197,7 @@ class GgufFile:
       index = fields.values.get(f"tokenizer.ggml.{name}_token_id")
       if index is not None:
         named[f"{ours}_token"] = tokens[index]
-    # What llama.cpp, too, puts around a text; a Llama 3 file need not say so.
+    # llama.cpp also puts this token before a text. A Llama 3 file need not say so.
     frame = {"bos": fields.values.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"),
              "eos": fields.values.get("tokenizer.ggml.add_eos_token", False)}  # fmt: skip
     if any(frame.values()):
@@ -210,7 +210,7 @@ class GgufFile:
     return result
 
   def _with_rope_table(self, config: ModelConfig) -> ModelConfig:
-    """`config` with the scaling that the file's table of divisors means, which must be Llama 3's rule."""
+    """`config` with the scaling of the file's table of divisors, which must follow Llama 3's rule."""
     table = self.read(_ROPE_TABLE)
     factor = float(table.max(initial=1.0))
     if config.rope_scaling is None and 1 <= factor < 1e4:
