@@ -1,7 +1,7 @@
 """The container of a GGUF file: its metadata, and where each tensor lies, with every count and length bounded.
 
-The `gguf` library has a reader, too. It keeps an array object of a hundred bytes for each member of an array, so
-that a file of 8 MB can take 900 MB of memory, and it believes what a file says of counts and lengths.
+The `gguf` library has a reader too, which is not used, for two reasons. It keeps an object of a hundred bytes for
+each member of an array, so a file of 8 MB can take 900 MB of memory. It trusts the counts and lengths in a file.
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from rredcot_jax.model.source import MOST_LAYERS
 
-# All arrays of a file together hold that many values. A vocabulary of 262144 tokens takes four times its size.
+# All arrays of a file together hold at most that many values. A vocabulary of 262144 tokens takes four times its size.
 _MOST_VALUES = 2**21
 _MOST_FIELDS, _MOST_TENSORS = 10_000, 16 * MOST_LAYERS
 _MOST_NAME, _MOST_TEXT = 2**16, 2**24  # Bytes.
@@ -114,7 +114,7 @@ def _stated_tensor(cursor: "_Cursor") -> tuple[str, gguf.GGMLQuantizationType, t
 
 
 class _Cursor:
-  """Reads one value after the other, and never behind the end."""
+  """Reads one value after the other, and raises where the file ends early."""
 
   def __init__(self, data: np.ndarray):
     self.data, self.at = data, 0
