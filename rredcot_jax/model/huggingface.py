@@ -25,7 +25,7 @@ from rredcot_jax.model.source import MOST_LAYERS, Source, read_json, refusing
 from rredcot_jax.parallel import sharding
 
 _STORED = ("F64", "F32", "F16", "BF16")
-# A header has about a hundred bytes for each tensor, and a model of `MOST_LAYERS` has twelve tensors a layer.
+# A header has about a hundred bytes for each tensor. A model has at most `MOST_LAYERS` layers of twelve tensors.
 _MOST_HEADER, _MOST_TENSORS, _MOST_SHARDS = 2**24, 16 * MOST_LAYERS, 4096
 _MOST_INDEX = 2**25  # Bytes.
 
@@ -59,7 +59,7 @@ def load(
       or of another shape than config.json says.
   """
   config, source = _open(pathlib.Path(path))
-  # A forged config may ask for any shape: nothing is allocated before the tensors are known to have it.
+  # A forged config may name any shape, so nothing is allocated before the tensors are known to have that shape.
   abstract = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
   _check(config, abstract, source)
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
@@ -115,11 +115,11 @@ def _check(config: ModelConfig, abstract: decoder.Params, source: Source) -> Non
     raise ValueError(
       f"{source.file(missing[0])}: tensor {missing[0]!r} is missing ({len(missing)} of {len(wanted)} are)."
     )
-  twice = config.tied_embeddings and head in there  # A tied head is often written all the same.
+  twice = config.tied_embeddings and head in there  # A tied head is often written to the file too.
   if twice:
     wanted[head] = wanted[embedding]
   for name, shape in there.items():
-    if name.endswith("rotary_emb.inv_freq"):  # Old checkpoints carry the rotary table, which is computed here.
+    if name.endswith("rotary_emb.inv_freq"):  # Old checkpoints hold the rotary table, which we compute instead.
       continue
     if name not in wanted:
       raise ValueError(f"{source.file(name)}: tensor {name!r} has no place in this architecture; it is not ignored.")
@@ -173,7 +173,7 @@ class _Safetensors:
   def _weight_map(self) -> dict[str, str]:
     index = self._path / fmt.INDEX
     placed = read_json(index, most=_MOST_INDEX).get("weight_map")
-    # An index may come from anywhere: it names files of its own directory.
+    # An index may come from anywhere, so it may only name files of its own directory.
     if not isinstance(placed, dict) or not placed or not all(_is_file_name(shard) for shard in placed.values()):
       raise ValueError(f"{index}: 'weight_map' must give each tensor the name of a file beside it.")
     shards = sorted(set(placed.values()))
