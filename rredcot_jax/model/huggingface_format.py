@@ -1,6 +1,6 @@
 """Hugging Face's format of Llama, Qwen2 and Qwen3 checkpoints, as reading and writing share it: config.json and names.
 
-What the decoder does not compute (sliding windows, other activations, biases elsewhere) is refused, never ignored.
+Options that the decoder does not compute (sliding windows, other activations, other biases) are refused, not ignored.
 """
 
 import pathlib
@@ -34,7 +34,7 @@ BLOCK = {
 }
 # Projections are [out, in] there and [in, ..., out] here.
 TRANSPOSED = ("query", "key", "value", "out", "gate", "up", "down")
-# Fields of config.json and the values that the decoder computes, the first of them what their absence means.
+# Fields of config.json and the values that the decoder computes. The first value is the default of a missing field.
 _COVERED: dict[str, tuple] = {
   "hidden_act": ("silu",),
   "attention_bias": (False, None),
@@ -68,7 +68,7 @@ def parse_config(path: pathlib.Path) -> ModelConfig:
   if kind not in tuple(ARCHITECTURES):
     raise ValueError(f"{path}: model_type={kind!r:.80} is not supported: {', '.join(ARCHITECTURES)} are.")
   covered = dict(_COVERED)
-  if "use_sliding_window" not in raw:  # Without the switch a window is meant.
+  if "use_sliding_window" not in raw:  # Without the switch the window is used.
     covered["sliding_window"] = (None,)
   for field, values in covered.items():
     if raw.get(field, values[0]) not in values:
@@ -89,7 +89,7 @@ def parse_config(path: pathlib.Path) -> ModelConfig:
     width=width,
     num_layers=fields.integer("num_hidden_layers", most=MOST_LAYERS),
     num_heads=heads,
-    # Left out, it means no groups in Llama's config, and in Qwen's a number that has nothing to do with the model.
+    # Its absence means no groups in Llama's config. In Qwen's it means a fixed number that fits no model: refused.
     num_kv_heads=fields.integer(
       "num_key_value_heads", heads if kind == "llama" or "num_key_value_heads" in raw else None
     ),
@@ -169,7 +169,7 @@ def describe_config(config: ModelConfig, dtype: Any, tokenizer: Any) -> dict[str
   if config.rope_scaling is not None:
     scaling = config.rope_scaling
     options = {name: getattr(scaling, name) for name in _ROPE_OPTIONS[scaling.kind]}
-    if not options.get("attention_factor", 1):  # 0 is YaRN's own, which is what its absence means.
+    if not options.get("attention_factor", 1):  # 0 stands for YaRN's own factor, as does a missing field.
       del options["attention_factor"]
     described["rope_scaling"] = {
       "rope_type": scaling.kind,
@@ -177,7 +177,7 @@ def describe_config(config: ModelConfig, dtype: Any, tokenizer: Any) -> dict[str
       "original_max_position_embeddings": scaling.original_max_positions,
       **options,
     }
-  for name in ("bos", "eos", "pad"):  # Absent, some architectures would take numbers of their own.
+  for name in ("bos", "eos", "pad"):  # It is always written, because some architectures have defaults of their own.
     if tokenizer is not None:
       described[f"{name}_token_id"] = getattr(tokenizer, f"{name}_token_id")
   return described
