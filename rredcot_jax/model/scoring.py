@@ -1,4 +1,4 @@
-"""log p(c_n | s_k) for every state and completion: the one seam to the model.
+"""log p(c_n | s_k) for every state and completion, by our decoder and its cache.
 
 Re-running every prefix would cost about K N (T / 2 + S) token-forwards. Here
 the trace is run once and each completion is a branch of S tokens that attends
@@ -10,7 +10,7 @@ A branch's first input is the last token of its prefix, run again, so that the
 probability of the completion's first token needs nothing of the trace but its
 cache: inputs (o_{e-1}, c_0 .. c_{S-2}) give the log-probabilities of c_0 .. c_{S-1}.
 
-Nothing here carries a gradient: values belong to the policy that sampled.
+Scores of completions carry no gradient, because values belong to the policy that sampled.
 """
 
 import functools
@@ -69,7 +69,7 @@ def _of_tokens(
   def of_chunk(hidden: chex.Array, tokens: chex.Array) -> tuple[chex.Array, chex.Array]:
     hidden = sharding.constrain(hidden, "rows", "tokens", None)
     logits = sharding.constrain(decoder.project_to_words(head, hidden), "rows", "tokens", "words") / temperature
-    # Over a large vocabulary memory traffic is the cost: only the chosen logit and the sum are kept for the gradient.
+    # A large vocabulary costs memory traffic, so only the chosen logit and the sum are kept for the gradient.
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
     frozen, total = jax.lax.stop_gradient((logits, normaliser))
