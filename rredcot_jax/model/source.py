@@ -13,7 +13,7 @@ import numpy as np
 
 from rredcot_jax.report import text
 
-# Far above any model, and small enough that a forged config cannot fill the memory before a tensor is looked at.
+# Far above any model. Small enough that a forged config cannot fill the memory before the tensors are checked.
 MOST, MOST_LAYERS = 2**24, 10_000
 _MOST_JSON = 2**20  # Bytes of a config.json; those of models have a few thousand.
 
@@ -43,9 +43,9 @@ def read_json(path: pathlib.Path, *, most: int = _MOST_JSON) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
-  """Whatever a library raises within is raised as a ValueError of `what` and the reason, which is shortened.
+  """Turns any error that a library raises within into a ValueError of `what` and the shortened reason.
 
-  The panics of libraries written in Rust are among it: they are no `Exception`, and are known by name alone.
+  This includes the panics of libraries written in Rust. They are not an `Exception`, so they are known by name.
   """
   try:
     yield
@@ -64,7 +64,7 @@ class Source(Protocol):
     ...
 
   def file(self, name: str) -> pathlib.Path:
-    """The file that holds a tensor, or should: for messages."""
+    """The file that holds a tensor, or should hold it; for messages."""
     ...
 
   def read(self, name: str) -> np.ndarray:
@@ -90,7 +90,7 @@ class Fields:
     if default is not None and name not in self.values:
       return default
     value = self[name]
-    if type(value) is not int or not 1 <= value <= most:  # A bool is an int in Python, and no size.
+    if type(value) is not int or not 1 <= value <= most:  # `type`, because a bool is an int in Python.
       raise ValueError(f"{self.path}: {name}={value!r:.80} must be a whole number from 1 to {most}.")
     return value
 
@@ -104,7 +104,7 @@ class Fields:
     return float(value)
 
   def build(self, kind: type[_T], /, **values: Any) -> _T:
-    """`kind(**values)`; what it refuses is refused with the file's name."""
+    """`kind(**values)`; its ValueErrors are raised again with the file's name."""
     try:
       return kind(**values)
     except ValueError as error:
