@@ -19,7 +19,7 @@ from rredcot_jax.model.source import MOST, check_size, read_json, refusing
 from rredcot_jax.report import text as text_lib
 
 _FILES = ("tokenizer.json", "tokenizer_config.json")
-# Bytes of each file that is read, where it is there. The largest vocabularies in use have half of that.
+# The most bytes read of each file. The largest vocabularies in use have half of that.
 _MOST_BYTES = {
   "tokenizer.json": 2**26,
   "tokenizer_config.json": 2**24,
@@ -58,7 +58,7 @@ def load_tokenizer(path: str | pathlib.Path, *, chat: bool = True) -> transforme
     tokenizer = _from_directory(path)
   if tokenizer.eos_token_id is None:
     raise ValueError(f"The tokenizer in {str(path)!r} names no eos_token; answers could not end.")
-  if tokenizer.pad_token_id is None:  # Masks say what padding is; the id only fills the place.
+  if tokenizer.pad_token_id is None:  # Any id can fill padding, because masks mark it.
     tokenizer.pad_token = tokenizer.eos_token
   _check_use(tokenizer, path)
   if not chat:
@@ -94,7 +94,7 @@ def num_ids(tokenizer: transformers.PreTrainedTokenizerFast) -> int:
 def check_fits(
   tokenizer: transformers.PreTrainedTokenizerFast, checkpoint: str | pathlib.Path, vocab_size: int
 ) -> None:
-  """Refuses a tokenizer that is not the checkpoint's: the ids of one model mean nothing to another.
+  """Refuses a tokenizer that is not the checkpoint's, because ids mean other tokens in another model.
 
   Where no tokenizer lies beside the checkpoint, only the number of ids can be compared, which is logged.
 
@@ -132,7 +132,7 @@ def end_ids(tokenizer: transformers.PreTrainedTokenizerFast, checkpoint: str | p
   """All ids that end a trace, the tokenizer's end-of-sequence token first.
 
   The others are those of the checkpoint's generation_config.json, or those that a GGUF file calls
-  end of sequence and end of turn: a model that chats often ends with another token than its texts.
+  end of sequence and end of turn. A chat model often ends its turn with another token than a plain text.
 
   Args:
     tokenizer: the model's.
@@ -184,14 +184,14 @@ def _from_directory(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
     stated = {str(added["content"]) for added in config.get("added_tokens_decoder", {}).values()}
     unknown = sorted(tokenizer.get_vocab().keys() - known.keys() - stated)
-    # transformers gives such a token an id of its own, of which the model knows nothing.
+    # transformers gives such a token a new id, which the model does not have.
     if unknown:
       raise ValueError(f"it names the token {_quoted(unknown[0])}, which tokenizer.json does not have.")
   return tokenizer
 
 
 def _check_use(tokenizer: transformers.PreTrainedTokenizerFast, path: pathlib.Path) -> None:
-  """Uses the tokenizer once: some damage shows only then."""
+  """Uses the tokenizer once, because some damage shows only then."""
   with refusing(f"The tokenizer in {str(path)!r} is damaged"):
     size = num_ids(tokenizer)
     if size > MOST:
@@ -224,9 +224,9 @@ def _quoted(token: str | None) -> str:
 def encode_piece(tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, special: bool = False) -> list[int]:
   """The ids that `text` adds in the middle of a text.
 
-  Some tokenizers (Llama 2's, and others made by SentencePiece) put a space before whatever they
-  encode, which is right for a whole text alone. It is left out here, so that pieces can be encoded one
-  by one and their ids joined. Pieces are not merged across their ends.
+  Some tokenizers (Llama 2's, and others made by SentencePiece) put a space before everything they
+  encode. That is right only for a whole text. It is left out here, so that pieces can be encoded one
+  by one and their ids joined. Tokens are not merged across the ends of pieces.
 
   Args:
     tokenizer: the model's. No token is added to it after the first call.
