@@ -1,9 +1,9 @@
 """Floating-point operations of a JAX function, loops counted as often as they run.
 
-XLA's cost analysis counts the body of a loop once, whatever its trip count, and our layers
-are a loop. So the operations are counted on the jaxpr: matrix products exactly, arithmetic
-and reductions one an element, data movement nothing. On a program without loops this
-agrees with XLA's figure (tests/flops_test.py).
+XLA's cost analysis counts the body of a loop once, however often it runs, and our layers are a
+loop. So the operations are counted on the jaxpr. Matrix products count exactly, arithmetic and
+reductions count one an element, and data movement counts nothing. On a program without loops
+the count agrees with XLA's (tests/flops_test.py).
 """
 
 import math
@@ -27,8 +27,8 @@ def count(function: Callable[..., Any], *args: Any) -> float:
     *args: arrays or `jax.ShapeDtypeStruct`s.
 
   Returns:
-    A number of operations. The body of a `while_loop` counts once, because no tracing
-    can know how often it runs; of a conditional's branches the longest counts.
+    A number of operations. The body of a `while_loop` counts once, because tracing does not
+    know how often it runs. Of a conditional's branches the most expensive counts.
   """
   return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
