@@ -1,9 +1,10 @@
 """What compiled programs cost: memory, arithmetic and traffic, read from XLA's own text.
 
-XLA's cost analysis counts the body of a loop once, and layers, chunks, microbatches
-and decoding steps are loops. Here the compiled text is walked from its entry, every
-loop's body times its trip count, which XLA notes or the loop's condition compares
-with: sampling counts as if no row ended early. All numbers are of one chip: the text is one device's program.
+XLA's cost analysis counts the body of a loop once, and layers, chunks, microbatches and decoding
+steps are loops. Here the compiled text is walked from its entry, and a loop's body counts as
+often as it runs. That number is XLA's note, or the bound in the loop's condition. So sampling
+counts as if no row ended early. All numbers are of one chip, because the text is one device's
+program.
 """
 
 import dataclasses
@@ -115,7 +116,7 @@ def count(text: str) -> Counts:
 
 
 def _written_again(computations: Mapping[str, list[_Instruction]]) -> set[str]:
-  """Collectives by name that another one stands for: TPUs write one into each of the fusions that it runs beside."""
+  """Collectives, by name, that repeat another one: a TPU's text has a copy in each fusion that runs beside it."""
   seen: set[str] = set()
   again: set[str] = set()
   for one in (one for body in computations.values() for one in body):
@@ -151,7 +152,7 @@ def _constant(one: _Instruction) -> int:
 
 
 def _step(computations: Mapping[str, list[_Instruction]], condition: str, body: str) -> int:
-  """By how much the counter that a loop's condition reads grows each time; XLA unrolls some loops into steps of 2."""
+  """The step of the counter in a loop's condition. It may be 2, because XLA unrolls some loops."""
   places = [
     int(index) for one in computations[condition] if one.opcode == "get-tuple-element"
     for index in re.findall(r"index=(\d+)", one.text)
@@ -161,7 +162,7 @@ def _step(computations: Mapping[str, list[_Instruction]], condition: str, body: 
     return 1
 
   def grown(name: str, within: str) -> int:
-    """The constants that were added to a value since it came in."""
+    """The constants that are added to a parameter on the way to the value `name`."""
     one = next((one for one in computations[within] if one.name == name), None)
     if one is None or one.opcode in ("get-tuple-element", "parameter", "constant"):
       return _constant(one) if one is not None and one.opcode == "constant" else 0
@@ -257,7 +258,7 @@ def _dot_flops(one: _Instruction, shapes: Mapping[str, list[tuple[str, tuple[int
 
 
 def _convolution_flops(one: _Instruction, shapes: Mapping[str, list[tuple[str, tuple[int, ...]]]]) -> float:
-  """TPUs turn products into convolutions, some over windows that lie in padding but for one place: that one counts."""
+  """Products of a convolution. A TPU's matrix product may be one whose window is padding but for one place."""
   left, kernel, out = shapes[one.operands[0]][0][1], shapes[one.operands[1]][0][1], one.shapes[0][1]
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.text)
   assert labels is not None, one.text
@@ -278,7 +279,7 @@ def _convolution_flops(one: _Instruction, shapes: Mapping[str, list[tuple[str, t
 
 
 def _splash_flops(one: _Instruction, shapes: Mapping[str, list[tuple[str, tuple[int, ...]]]]) -> float:
-  """Products of a causal square's half: forward q k and p v; dq three; dk and dv four."""
+  """Matrix products over half of a causal square: 2 in the forward pass, 3 for dq, 4 for dk and dv."""
   products = 3 if "_dq_" in one.name else 4 if "_dkv_" in one.name else 2
   arrays = [shape for name in one.operands for _, shape in shapes.get(name, []) if len(shape) >= 3]
   *rows, length, width = max(arrays, key=math.prod)
@@ -286,7 +287,7 @@ def _splash_flops(one: _Instruction, shapes: Mapping[str, list[tuple[str, tuple[
 
 
 def memory(compiled: Any) -> dict[str, int]:
-  """Bytes a chip of a compiled program: arguments, outputs that are no argument's, temporaries, and all together."""
+  """Bytes a chip of a compiled program: arguments, outputs without those that reuse an argument, temporaries, sum."""
   found = compiled.memory_analysis()
   arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
   outputs = found.output_size_in_bytes - found.alias_size_in_bytes
