@@ -1,4 +1,4 @@
-"""One batch of traces -> its token advantages, from whichever source the configuration names."""
+"""One batch of traces -> its token advantages, from the source that the configuration names."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Assigned:
-  """What came of one batch."""
+  """The advantages of one batch, and what they were made from."""
 
   advantages: chex.Array  # [B, T] float32, on devices.
   credit: types.Credit | None  # Fields [B, ...]; None for uniform credit, which is GRPO's.
@@ -132,7 +132,7 @@ def _credit_of_rewards(
   *,
   rule: Rule,
 ) -> types.Credit:
-  """Of credit that is no difference of values, which are NaN."""
+  """The record of credit that is no difference of values; its values are NaN."""
   return types.Credit(
     values=jnp.full((rewards.shape[0], rewards.shape[1] + 1), jnp.nan, jnp.float32),
     rewards=rewards,
