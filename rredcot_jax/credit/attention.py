@@ -28,7 +28,7 @@ class Attention(attribution.Attribution):
     )
 
   def forward_passes(self, states: int) -> int:
-    """One."""
+    """One forward pass."""
     return 1
 
 
@@ -59,8 +59,8 @@ def attention(
       credit_k = mean_i sum_{t in segment k} A_{i t}
 
   A is the last layer's attention averaged over heads, i runs over the scored tokens of
-  the completion as queries. What goes to the prompt and to the completion itself is
-  nobody's credit, so a trace's credit sums to less than 1.
+  the completion as queries. Attention to the prompt and to the completion itself
+  counts for no segment, so a trace's credit sums to less than 1.
 
   Memory of a trace is quadratic in P + T + S; see `decoder.attention_weights`.
 
@@ -133,7 +133,7 @@ def _attention_credit(
     asking = asking / jnp.maximum(jnp.sum(asking), 1)
     if not through_layers:
       return asking @ weights[-1]
-    # From the top down a vector passes through the layers, and no product of two matrices is needed.
+    # A vector is multiplied through the layers from the top down, so no product of two matrices is needed.
     flow, _ = jax.lax.scan(lambda flow, layer: (0.5 * (flow @ layer) + 0.5 * flow, None), asking, weights, reverse=True)
     return flow
 
