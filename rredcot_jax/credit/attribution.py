@@ -1,36 +1,36 @@
 """A trace and the reference answer -> credit of each segment, by attribution instead of state values.
 
 The paper compares its redistribution with attribution methods [A]; which ones, and
-every detail below, is our choice [C]. Each asks which segments a finished thought's
-likelihood of the reference completion is due to:
+every detail below, is our choice [C]. Each method splits over the segments of a finished
+thought the likelihood F of the reference completion after it:
 
     F = log p(c | x, o_1 .. o_L)                     space="log"
     F = p(c | x, o_1 .. o_L)                         space="probability"
 
-and answers with `[B, K]` credit, of the shape and meaning of `redistribution.redistribute`'s
-r_k, so that it can be compared with it and can train as well as be looked at.
+The result is `[B, K]` credit of the shape of `redistribution.redistribute`'s r_k. So it can be
+compared with r_k, and a policy can be trained with it.
 
-Every method reads the *thought* only: a trace that goes on to state an answer would
-make any completion after it the likelihood of a second answer. The thought is the
-tokens before the first exit; without an exit, all tokens but the end-of-sequence
-token of a trace that was not truncated. The completion (exit, answer, end of
-sequence) takes the place of the rest. A segment gets the credit of its tokens
-within the thought, so one that holds nothing but exit and answer gets 0.
+Every method reads the *thought* only. After a trace that already states an answer, the
+completion would be a second answer. The thought is the tokens before the first exit.
+Without an exit it is all tokens but the end-of-sequence token of a trace that was not
+truncated. The completion (exit, answer, end of sequence) replaces the rest. A segment gets
+the credit of its tokens within the thought. So a segment of exit and answer alone gets 0.
 
 None of these is an estimate of r_k = v(s_{k+1}) - v(s_k), and none sums to R - v(s_0):
 
-- leave_one_out puts the model before a thought with a hole, which the policy would not
-  have written, and what a segment caused *through the segments after it* it does not see:
+- leave_one_out shows the model a thought with a hole, which the policy would not have
+  written. It does not see what a segment caused *through the segments after it*, because
   those are held fixed.
-- Gradients are of the one thought that was written; they say how F moves with its
-  embeddings, not what else could have been written. The logarithm of a small
-  likelihood makes them large.
-- Attention says where the answer was read from, never whether it became more likely.
+- Gradients belong to the one thought that was written. They say how F changes with its
+  embeddings, not what else could have been written. In log space they are large
+  where the likelihood is small.
+- Attention says where the answer was read from. It does not say whether the answer became
+  more likely.
 
-tests/attribution_test.py has a language model small enough to enumerate in which each
-misses the exact differences by a stated number.
+tests/attribution_test.py has a language model that is small enough to enumerate. There each
+method misses the exact differences by a stated number.
 
-To train, `advantages.token_advantages` takes a trace's credit as its rewards:
+For training, `advantages.token_advantages` takes a trace's credit as its rewards:
 
 | credit of                              | magnitude | signed                | difference               |
 | -------------------------------------- | --------- | --------------------- | ------------------------ |
@@ -38,10 +38,10 @@ To train, `advantages.token_advantages` takes a trace's credit as its rewards:
 | gradient_x_input, integrated_gradients | yes       | yes                   | space="probability" only |
 | attention, attention_rollout           | yes       | no: never negative    | no                       |
 
-"difference" takes r_k as it is, so its units must be the return's: credit in log space is
-unbounded. Attention is never negative: "difference" would praise every trace, and
-"signed" fall back to uniform credit wherever the advantage is negative. Credit is
-credit for the *reference* answer, whatever the trace's own outcome was.
+"difference" takes r_k as it is, so r_k must have the units of the return. Credit in log space
+has not, and is unbounded. Attention is never negative. So "difference" would reward every
+trace, and "signed" would be uniform credit wherever the advantage is negative. Credit is
+given for the *reference* answer, whatever answer the trace itself gave.
 """
 
 import dataclasses
@@ -64,10 +64,10 @@ SPACES = ("probability", "log")
 
 
 class Attribution(source.Source):
-  """What attributions share: they explain the configured answer after the thought."""
+  """What attributions share: they attribute the likelihood of the reference answer after the thought."""
 
   needs = frozenset({"bank"})
-  default_space: str | None = None  # Of `SPACES`; None where the method has no likelihood to measure in.
+  default_space: str | None = None  # Of `SPACES`; None where the method measures no likelihood.
 
   def __init__(self, setting: source.Setting):
     super().__init__(setting)
@@ -145,7 +145,7 @@ class Layout:
   """Prompt [P], thought [T] and completion [S] side by side, C = P + T + S columns."""
 
   tokens: chex.Array  # [B, C] int32.
-  mask: chex.Array  # [B, C] bool; False on what follows the thought, so that the completion does.
+  mask: chex.Array  # [B, C] bool; False on trace tokens after the thought, so that the completion follows the thought.
   segment_ids: chex.Array  # [B, C] int32, -1 outside the thought.
   targets: chex.Array  # [B, S] int32.
   scored: chex.Array  # [B, S] bool.
@@ -161,8 +161,8 @@ def lay_out(
     rollout, segments: fields [B, ...]. A prompt has at least one token.
     completions: fields [B, 1, 1, ...], one reference completion a trace, as
       `banks.make_bank("answer", ...)` makes them. Its `scored` tokens count; utilities and log_q are not read.
-    exit_ids: [E] int32, the tokens that leave the thought (`Reference.exit`); E may be
-      0, for a task whose thought has no end of its own.
+    exit_ids: [E] int32, the tokens that leave the thought (`Reference.exit`). E may be
+      0, for a task in which nothing leaves the thought.
 
   Raises:
     ValueError: on more than one completion a trace.
@@ -201,9 +201,9 @@ def lay_out(
 def thought_lengths(rollout: types.Rollout, exit_ids: chex.Array) -> chex.Array:
   """Tokens of each trace that come before it leaves its thought.
 
-  Up to the first whole exit; without one, all tokens but the last (the end of
-  sequence) of a trace that was not truncated. An exit that a truncated trace began and
-  did not finish counts as thought.
+  These are the tokens up to the first whole exit. Without an exit they are all tokens but
+  the end-of-sequence token of a trace that was not truncated. An exit that was begun and cut
+  off by truncation counts as thought.
 
   Args:
     rollout: fields [B, ...].
@@ -253,7 +253,7 @@ def log_likelihood(
 
 
 def in_space(log_p: chex.Array, space: str) -> chex.Array:
-  """The measure F of `SPACES` from log-probabilities."""
+  """F in one of `SPACES`, from log-probabilities."""
   return jnp.exp(log_p) if space == "probability" else log_p
 
 
@@ -270,11 +270,11 @@ def in_segment(layout: Layout, k_max: int) -> chex.Array:
 
 
 def sum_segments(token_credit: chex.Array, layout: Layout, k_max: int) -> chex.Array:
-  """[B, C] -> [B, K]."""
+  """The sum over each segment's tokens: [B, C] -> [B, K]."""
   return masked_sum(token_credit[:, None], in_segment(layout, k_max), axis=-1)
 
 
 def finish(credit: chex.Array, layout: Layout) -> chex.Array:
-  """Zeros where nothing was asked or nothing could answer, and no gradient."""
+  """Credit with 0 where there is no segment or no valid completion, and without gradient."""
   counts = jnp.logical_and(jnp.any(in_segment(layout, credit.shape[1]), axis=-1), layout.valid[:, None])
   return jax.lax.stop_gradient(jnp.where(counts, credit.astype(jnp.float32), 0.0))
