@@ -74,12 +74,13 @@ def gradient_x_input(
 
       credit_k = sum_{t in segment k} dF / de_t . e_t
 
-  e_t is token t's input embedding. In probability space it is p times that in log space.
-  A layer that opens with RMSNorm does not see the scale of its input, so that what
-  is measured is only how e_t weighs against what attention and MLP add to it: this
-  method is weak on such decoders by construction, and 0 for a model without layers.
+  e_t is token t's input embedding. Credit in probability space is p times that in log space.
 
-  Costs one forward and one backward pass over P + T + S tokens a trace.
+  This method is weak on decoders whose layers open with RMSNorm, because RMSNorm removes the
+  scale of its input. What is measured is only the weight of e_t beside what attention and MLP
+  add to it. For a model without layers it is 0.
+
+  It costs one forward and one backward pass over P + T + S tokens a trace.
 
   Args:
     params, config: the policy that sampled.
@@ -119,23 +120,24 @@ def integrated_gradients(
       a_t = (e_t - e') . int_0^1 dF / de_t (e' + alpha (e - e')) d alpha
       credit_k = sum_{t in segment k} a_t
 
-  Prompt and thought travel the path together; the completion's own inputs are kept, as
-  they belong to what is asked. Completeness: over all tokens of prompt and thought the
-  a_t sum to F(e) - F(e'), up to the quadrature; the thought's share is not separable from
-  the prompt's.
+  Prompt and thought follow the path together. The completion's own inputs are kept, because
+  the completion is what is explained. Completeness: over all tokens of prompt and thought the
+  a_t sum to F(e) - F(e'), up to the error of the quadrature. The thought's share of that sum
+  cannot be separated from the prompt's.
 
-  The baseline e' is the mean over the embedding table [C], the same for every token.
-  Zeros, the usual choice, do not work here: RMSNorm divides a vanishing input by
-  sqrt(epsilon) = 1e-3 in every layer, so that the whole gain falls within the first 1e-3
-  of the path in one layer, 1e-6 in two, and no quadrature finds it (two layers, 256
-  nodes: off by more than the gain, where the mean's path is exact to 1e-5 with 64).
+  The baseline e' is the mean over the embedding table [C], the same for every token. Zeros,
+  the usual choice, do not work here, because RMSNorm divides a vanishing input by
+  sqrt(epsilon) = 1e-3 in every layer. The whole gain then lies in the first 1e-3 of the path
+  with one layer and in the first 1e-6 with two, where no quadrature finds it. With two layers
+  and 256 nodes the error was larger than the gain. On the path from the mean 64 nodes were
+  exact to 1e-5.
 
-  The integral is taken by Gauss-Legendre quadrature. How many nodes it needs is the
-  model's: the sum was off by 1.5 nats at 32, 0.4 at 64 and 0.1 at 128 on the shipped
-  start of `chain` (mean over 32 failed traces, gains near -5). Compare with twice the
-  steps before trusting a number.
+  The integral is taken by Gauss-Legendre quadrature. The number of nodes that it needs depends
+  on the model. On the shipped start of `chain` the sum was off by 1.5 nats at 32, 0.4 at 64
+  and 0.1 at 128 (mean over 32 failed traces, gains near -5). Compare with twice the steps
+  before you trust a number.
 
-  Costs `steps` forward and backward passes over P + T + S tokens a trace, one after the other.
+  It costs `steps` forward and backward passes over P + T + S tokens a trace, one after the other.
 
   Args:
     params, config: the policy that sampled.
@@ -165,7 +167,7 @@ def _gradient(
   temperature: float,
   space: str,
 ) -> chex.Array:
-  """[B, C, D] float32, dF/dx: rows do not see each other, so the gradient of their sum is each row's own."""
+  """[B, C, D] float32, dF/dx of each row: the gradient of the sum over rows, because rows are independent."""
 
   def total(x: chex.Array) -> chex.Array:
     return jnp.sum(
