@@ -29,7 +29,7 @@ class LeaveOneOut(attribution.Attribution):
     )  # fmt: skip
 
   def forward_passes(self, states: int) -> int:
-    """One a deletion, and one of the whole."""
+    """One pass for each deletion, and one for the whole thought."""
     return states + 1
 
 
@@ -49,14 +49,13 @@ def leave_one_out(
 
       credit_k = F(o_1 .. o_L) - F(o_1 .. o_L without segment k)
 
-  Deleted tokens are attended to by nothing and counted in no position: the model sees
-  a shorter thought. With F a probability, the default [C], credit is in [-1, 1] and in
-  the units of the values that redistribution takes differences of; the logarithm keeps
-  its resolution where long answers underflow. Within a trace, log credit d_k and
-  p (1 - e^{-d_k}) rank the segments alike.
+  Deleted tokens are masked and do not count in positions, so the model sees a shorter
+  thought. F is a probability by default [C]. Credit is then in [-1, 1] and has the units of
+  state values. The logarithm keeps its resolution where the likelihood of a long answer
+  underflows. Within a trace, log credit d_k and p (1 - e^{-d_k}) rank the segments alike.
 
-  Costs (K + 1) (P + T + S) token-forwards a trace: what follows a deletion has to be
-  run again, and with static shapes that is the whole.
+  It costs (K + 1) (P + T + S) token-forwards a trace. The tokens after a deletion have to be
+  run again, and with static shapes this means all tokens.
 
   Args:
     params, config: the policy that sampled.
@@ -81,6 +80,6 @@ def leave_one_out(
     kept = jnp.logical_and(layout.mask, layout.segment_ids != k)
     return attribution.in_space(attribution.log_likelihood(params, config, x, kept, layout, temperature), space)
 
-  # No token has the segment number K, so that the last of these deletes nothing.
+  # No token has the segment number K, so the last of these deletes nothing.
   scores = jax.lax.map(score_without, jnp.arange(k_max + 1), batch_size=attribution.chunk(chunk_size, k_max + 1))
   return attribution.finish(jnp.moveaxis(scores[-1:] - scores[:-1], 0, 1), layout)
