@@ -40,7 +40,7 @@ def bank_values(
   Args:
     params, model, cache: the policy that sampled, and the traces' keys and values.
     rollout, segments, bank: fields [B, ...].
-    returns: [B] float32: a state after the exit without a completion is decided, and has its trace's return.
+    returns: [B] float32. A state after the exit without a completion has its trace's return as its value.
     temperature: that the traces were sampled at.
     form: see `values.estimate_values`.
     chunk_size: branches of a trace scored at once; None is all.
