@@ -2,10 +2,10 @@
 
     v_hat(s) = 1/k sum_m R(s, c_m),   c_m ~ pi(. | s)
 
-Unbiased, of variance v (1 - v) / k for rewards of 0 and 1, and dear: each value costs
-k generated continuations, where scoring.py costs one pass over a few tokens. With k = 9
-and `advantages.token_advantages(mode="difference")` this is VinePPO (arXiv 2410.01679);
-with k >= 256 it is what other estimators are measured against.
+The estimate is unbiased. Its variance is v (1 - v) / k for rewards of 0 and 1. It is expensive,
+because each value costs k generated continuations, and scoring a completion costs one pass
+over a few tokens. With k = 9 and `advantages.token_advantages(mode="difference")` this is
+VinePPO (arXiv 2410.01679). With k >= 256 other estimators are measured against it.
 
 model/continuations.py generates them.
 """
@@ -65,8 +65,8 @@ class MonteCarloValues:
   def standard_errors(self) -> np.ndarray:
     """[B, K + 1] float32 of `values`: s / sqrt(N), s with N - 1; 0 on terminal values, NaN if N = 1.
 
-    0 also where all N rewards agree, which says less than it seems: after N
-    successes of N, failures of probability up to about 3 / N are still plausible (95%).
+    0 also where all N rewards agree. This does not mean that the value is certain: after N
+    successes of N, a failure probability of up to about 3 / N is still plausible (95%).
     """
     if self.num_samples < 2:
       errors = np.full(self.exists.shape, np.nan)
@@ -84,7 +84,7 @@ class MonteCarloValues:
     """Both estimates as one, samples of `self` first; costs add up.
 
     Raises:
-      ValueError: if they are not of the same traces, as far as returns and segments tell.
+      ValueError: if they are not of the same traces, judged by returns and segments.
     """
     same = np.array_equal(self.returns, other.returns) and np.array_equal(self.num_segments, other.num_segments)
     if not same or self.rewards.shape[:2] != other.rewards.shape[:2]:
@@ -116,20 +116,20 @@ def values_by_generation(
 ) -> MonteCarloValues:
   """Generates `k` continuations of every state and has them judged: v(s), and what it cost.
 
-  Runs in rounds, so that k = 256 needs the memory of `samples_per_round`; the verifier
-  judges one round in threads while the next is generated. Equal traces of a row are
-  judged once: the verifier is taken to be a function of its arguments. Of several
-  processes each judges its share of the rows, and all return the same.
+  It runs in rounds, so that k = 256 needs only the memory of `samples_per_round`. The verifier
+  judges one round in threads while the next is generated. Equal traces of a row are judged
+  once, because a verifier must depend on its arguments alone. Where there are several
+  processes, each judges its share of the rows, and all return the same result.
 
   Args:
     params, config, cache, rollout, segments, key: see `generate_from_states`; on devices.
     returns: [B] float32, the traces' own rewards.
     judge: the verifier, safe to call from `workers` threads at once; asked about this process's rows.
     k: continuations a state in this call.
-    first_sample: continuations a state that earlier calls with this key have drawn; their
-      results and this call's go together by `joined`.
-    samples_per_round: continuations a state in a round; None is k. Best a divisor of
-      k: a last round of another size is compiled anew.
+    first_sample: continuations a state that earlier calls with this key have drawn. `joined`
+      joins their results with this call's.
+    samples_per_round: continuations a state in a round; None is k. It should divide k,
+      because a last round of another size is compiled anew.
     workers: threads that judge.
     mesh: that the rows are split over; needed where there are several processes.
     **options: of `generate_from_states`: max_tokens, temperature, eos_id, chunk_size, ...
