@@ -35,7 +35,7 @@ class BankOptions:
   name: str = "answer"  # banks.BANKS, or "package.module:function".
   max_tokens: int = 64  # Room for a completion; longer ones are left out, and counted.
   form: str = "plain"  # values.FORMS, or "package.module:function".
-  scored: str = "all"  # Which tokens count, banks.SCORED; "body" is as if the thought had been left already.
+  scored: str = "all"  # Which tokens count, banks.SCORED; "body" leaves out the exit.
   fallback: str = "uniform"  # For rows whose own bank is empty: banks.FALLBACKS.
   size: int = 4  # Most completions a state, for banks that hold more than the reference.
 
@@ -47,7 +47,7 @@ class Setting:
   model: ModelConfig
   task: Task
   codec: Codec
-  group_size: int  # Rows of a prompt stand together.
+  group_size: int  # Rows of a prompt, which are consecutive.
   sampling: Mapping[str, Any]  # max_tokens, temperature, top_k and top_p that the traces are sampled with.
   bank: BankOptions = BankOptions()
   chunk_size: int | None = None  # Branches, deletions or slots of a trace run at once; None is all.
@@ -77,7 +77,7 @@ class Setting:
       examples = [example_of[rows[0] // self.group_size]] * self.group_size
       made = self._bank(examples, of_group(traces), of_group(segments), batch.returns[rows])
       here = np.flatnonzero(np.isin(rows, share.here))
-      # What is left out is counted by the process that judges the group's first trace.
+      # Completions that are left out are counted by the process that judges the group's first trace.
       dropped = made.num_dropped if share.judges[rows[0]] == jax.process_index() else 0
       completions = jax.tree.map(lambda x, here=here: x[here], made.completions)
       parts.append(banks.Bank(completions, made.fallback[here], dropped))
@@ -105,7 +105,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Traces to credit; fields [B, ...], rows of a prompt's group together."""
+  """Traces to credit; fields [B, ...], the rows of a prompt's group consecutive."""
 
   params: decoder.Params  # The policy that sampled.
   cache: decoder.Cache  # The traces' keys and values, as the sampler leaves them.
@@ -159,7 +159,7 @@ class Source(abc.ABC):
   """One way of crediting the segments of traces.
 
   Attributes:
-    name: in configs and tables; a class without one is not built in.
+    name: in configs and tables. A class without a name is not built in.
     modes: of `advantages.MODES`, those that its credit has a meaning for.
     needs: of "bank", "cache", "state" and "verifier", what `assign` reads.
     estimates_values: whether its rewards are differences of state values.
@@ -210,7 +210,7 @@ class Source(abc.ABC):
 
 
 def bank_metrics(setting: Setting, bank: banks.Bank) -> dict[str, Any]:
-  """What a bank had to leave out, over all processes: what only a process knows is summed on the devices."""
+  """The share of rows that fell back and the number of completions left out, over all processes."""
   dropped = np.zeros(len(bank.fallback), np.int32)
   dropped[0] = bank.num_dropped  # Of this process's rows together.
   fallback, dropped = setting.put((bank.fallback, dropped))
