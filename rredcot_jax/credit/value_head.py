@@ -6,17 +6,17 @@ h_t is the decoder's final hidden state at the token before t, the one that pred
 token t, under the policy that sampled. PPO's critic (arXiv 1707.06347) with PPO's
 advantages (`advantages.generalised_advantages`, arXiv 1506.02438). What is our choice [C]:
 
-- The trunk is the policy's and no gradient of the critic enters it. The policy's update is
-  then the same function of its advantages as under every other source of credit, so that a
-  comparison compares credit; and a few hundred parameters are all there is to learn. The
-  price: it can use only what the policy's last layer already holds. A critic of its own
-  trunk is stronger and costs as much as another policy.
-- w starts at 0 and b at a constant: before it has learnt anything, V is that constant at
-  every state, and every advantage but the last token's delta vanishes.
-- Targets are the observed return at every token (lambda = 1): unbiased, and with
-  gamma = 1 and one reward at the end the Monte Carlo return of every state.
+- The critic reads the policy's hidden states, and no gradient of the critic enters the policy.
+  The policy's update is then the same function of its advantages as under every other source
+  of credit, so a comparison compares credit alone. Only a few hundred parameters are learnt.
+  The disadvantage is that the critic can use only what the policy's last layer holds. A
+  critic with layers of its own is stronger and costs as much as another policy.
+- w starts at 0 and b at a constant. Before it has learnt anything, V is that constant at
+  every state, and every advantage but the last token's delta is 0.
+- The target at every token is the observed return (lambda = 1). It is unbiased. With gamma = 1
+  and one reward at the end it is the Monte Carlo return of every state.
 
-Generates nothing; costs one more pass over prompt and trace.
+It generates nothing. It costs one more pass over prompt and trace.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class ValueHead:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Critic:
-  """All that learning the values changes; part of the train state."""
+  """The critic and its optimizer's state; part of the train state."""
 
   head: ValueHead
   opt_state: optax.OptState
@@ -65,7 +65,7 @@ def init(width: int, optimizer: optax.GradientTransformation, *, initial_value: 
 
 
 def features(params: decoder.Params, config: ModelConfig, rollout: types.Rollout) -> chex.Array:
-  """[B, T, D] float32, h_t of every trace token, without gradient; garbage on padding."""
+  """[B, T, D] float32, h_t of every trace token, without gradient; without meaning on padding."""
   tokens = jnp.concatenate([rollout.prompt_tokens, rollout.tokens], axis=1)
   mask = jnp.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
   hidden, _ = decoder.forward(params, config, tokens, mask)
@@ -103,7 +103,7 @@ def update(
     `critic_explained_variance`, 1 - mean (R - V)^2 / var(R), 0 where all returns agree.
   """
   targets = jnp.broadcast_to(returns[:, None], mask.shape)
-  # What is masked may be garbage and must not reach a gradient.
+  # Masked places may hold any number, which must not reach a gradient.
   hidden = jnp.where(mask[..., None], hidden, 0.0)
 
   def loss_fn(head: ValueHead) -> chex.Array:
