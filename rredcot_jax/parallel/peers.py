@@ -1,10 +1,10 @@
-"""The line between the processes of one run: they meet before JAX starts, agree, and hear at once when one is lost.
+"""Connections between the processes of one run, which meet before JAX starts, compare facts and notice a lost process.
 
-JAX's own start-up aborts a process when another one is missing, comes twice or differs, and says
-neither who nor why. So the processes meet first, at the coordinator's address: process 0 listens, the
-others connect and say who they are. The connections stay open. They carry what all must agree on
-(texts of a few kilobytes, process 0 in the middle) and never arrays. The kernel closes them when a
-process dies, and its keepalive probes notice a network that is cut.
+JAX's own start-up aborts a process when another one is missing, comes twice or differs. It says neither
+which process nor why. So the processes meet first, at the coordinator's address. Process 0 listens, and the
+others connect and say who they are. The connections stay open. They carry texts of a few kilobytes, on which
+all processes must agree, and never arrays. All texts go through process 0. The kernel closes a connection when
+its process dies, and its keepalive probes notice a network that is cut.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from typing import Any
 _GREETING = b"rredcot-jax peers 1\n"  # What process 0 says first; another program at this address says something else.
 _LONGEST_LINE = 8 << 20
 _RETRY_SECONDS = 0.3
-_NOTE_SECONDS = 10.0  # Between two lines that say who is waited for.
-_TELL_SECONDS = 10.0  # How long a process 0 that refuses waits for those who are still to be told.
+_NOTE_SECONDS = 10.0  # Between two messages that name the processes waited for.
+_TELL_SECONDS = 10.0  # How long process 0, when it refuses, waits for processes that have not been told.
 
 
 class Lost(RuntimeError):
@@ -31,7 +31,7 @@ class Lost(RuntimeError):
 
 
 class Refused(ValueError):
-  """The processes of this run do not go on together; every one of them raises it with the same words."""
+  """The processes of this run cannot go on together; all of them raise it with the same message."""
 
 
 @dataclasses.dataclass
@@ -41,13 +41,13 @@ class _Link:
   socket: socket.socket
   process: int
   unread: bytes = b""
-  leaving: bool = False  # It has said that it leaves in good order.
+  leaving: bool = False  # It has said that it ends normally.
 
   def __post_init__(self) -> None:
     self._sending = threading.Lock()
 
   def send(self, message: Mapping[str, Any]) -> None:
-    """Sends a line; what cannot be sent is left to the reader, which notices that the connection is gone."""
+    """Sends a line. An error is ignored, because the thread that reads notices a closed connection."""
     with self._sending, contextlib.suppress(OSError):
       self.socket.sendall(_line(message))
 
@@ -57,11 +57,11 @@ class Peers:
 
   def __init__(self, me: int, count: int, sockets: Mapping[int, socket.socket], heartbeat_seconds: float):
     self.me, self.count = me, count
-    self.lost = ""  # Why another one is taken for lost.
+    self.lost = ""  # Why another process is considered lost.
     self._links = {process: _Link(one, process) for process, one in sockets.items()}
     self._turn = 0
     self._news = threading.Condition()
-    self._said: dict[int, dict[int, tuple[str, str]]] = {}  # By turn and process: what about, and the text.
+    self._said: dict[int, dict[int, tuple[str, str]]] = {}  # By turn and process: the subject and the text.
     self._answers: dict[int, tuple[bool, str]] = {}
     self._when_lost: Callable[[str], None] | None = None
     for link in self._links.values():
@@ -71,10 +71,10 @@ class Peers:
   # ---- What all must agree on ----------------------------------------------------------------
 
   def consult(self, about: str, text: str, answer: Callable[[list[str]], str], *, seconds: float | None) -> str:
-    """Every process says a text, process 0 answers, and the answer is returned on all of them.
+    """Every process sends a text, process 0 answers, and all of them return the answer.
 
     Args:
-      about: what this is about, the same on every process; it is named where one does not come to it.
+      about: the subject, the same on every process. Errors name it where a process does not come.
       text: this process's.
       answer: called on process 0 alone, with the texts in the order of the processes.
       seconds: how long process 0 waits for all of them; None waits until one is lost.
@@ -89,7 +89,7 @@ class Peers:
     if self.me:
       self._links[0].send({"say": turn, "about": about, "text": text})
       with self._news:
-        # Process 0 keeps the time; this one waits a little longer for what it says.
+        # Process 0 measures the time. This process waits a little longer for its answer.
         self._wait(lambda: turn in self._answers, None if seconds is None else seconds + 2 * _TELL_SECONDS, about)
         good, told = self._answers.pop(turn)
     else:
@@ -144,7 +144,7 @@ class Peers:
   # ---- Loss ----------------------------------------------------------------------------------
 
   def when_lost(self, handler: Callable[[str], None] | None) -> None:
-    """Calls `handler` with the reason, from another thread, when a process is lost; at once if one is lost already."""
+    """Calls `handler` with the reason, from another thread, when a process is lost, or now if one is lost already."""
     with self._news:
       self._when_lost = handler
       lost = self.lost
@@ -152,7 +152,7 @@ class Peers:
       handler(lost)
 
   def wait_for_loss(self, seconds: float) -> str:
-    """Why another process is taken for lost, if that is heard within `seconds`; else ""."""
+    """Why another process is considered lost, if that is known within `seconds`; else ""."""
     with self._news:
       self._news.wait_for(lambda: self.lost, seconds)
       return self.lost
@@ -165,7 +165,7 @@ class Peers:
       link.send({"failed": f"process {self.me} of {self.count} failed: {reason}"})
 
   def leave(self, seconds: float = 0.0) -> None:
-    """Says that this process leaves in good order, which is no loss, and waits for the others to say so too."""
+    """Says that this process ends normally, which is not a loss, and waits for the others to say so too."""
     with self._news:
       self._when_lost = None
     for link in self._links.values():
@@ -245,13 +245,13 @@ def meet(
     coordinator: "host:port" where process 0 listens; the port is free again when this returns.
     count, me: n >= 2, and which of 0 .. n - 1 this process is.
     seconds: how long to wait for all of them.
-    heartbeat_seconds: within this time a machine that cannot be reached any more is taken for lost.
+    heartbeat_seconds: a machine that cannot be reached is considered lost within this time.
     refusal: why this process will not take part; the others are told.
 
   Raises:
     Refused: naming the processes that did not come, an id given twice or out of range, another
       number of processes, or a process that refuses and why; on every process that was reached.
-    ValueError: if the address is in use, if nobody is there, or with `refusal`.
+    ValueError: if the address is in use, if no process answers, or with `refusal`.
   """
   host, port = _address(coordinator)
   if not refusal and not 0 <= me < count:
@@ -281,7 +281,7 @@ def _listen(host: str, port: int, hello: Mapping[str, Any], seconds: float) -> d
     noted, told = began + _NOTE_SECONDS, 0.0
     while meeting.missing:
       now = time.monotonic()
-      if meeting.error:  # Those who are still to come hear it too.
+      if meeting.error:  # Processes that come later are told too.
         told = told or now + _TELL_SECONDS
         if now > told:
           break
@@ -315,7 +315,7 @@ class _Meeting:
     return set(range(self.count)) - set(self._where)
 
   def wait(self, listener: socket.socket) -> None:
-    """Takes what comes within half a second."""
+    """Reads what arrives within half a second."""
     with selectors.DefaultSelector() as selector:
       for watched in (listener, *self._unread, *self._come.values()):
         selector.register(watched, selectors.EVENT_READ)
@@ -325,7 +325,7 @@ class _Meeting:
         self._accept(listener)
       elif one in self._unread:
         self._hear(one)
-      else:  # It says nothing before all are there: it is gone, and may come again.
+      else:  # A process sends nothing before all have come, so it has ended. It may come again.
         process = next(process for process, other in self._come.items() if other is one)
         del self._come[process], self._where[process]
         one.close()
@@ -349,7 +349,7 @@ class _Meeting:
     try:
       hello = json.loads(line)
       self._greet(one, int(hello["process"]), int(hello["count"]), str(hello["refusal"]), str(hello["where"]))
-    except (ValueError, KeyError, TypeError):  # A stranger at this port: a health check, or a scanner.
+    except (ValueError, KeyError, TypeError):  # Not a process of this run: a health check, or a port scanner.
       one.close()
 
   def _greet(self, one: socket.socket, process: int, count: int, refusal: str, where: str) -> None:
@@ -413,10 +413,10 @@ def _verdict(one: socket.socket, hello: Mapping[str, Any], host: str, port: int,
   """The connection, when process 0 says that all have come.
 
   Raises:
-    OSError: if process 0 is gone, which may be one that has just ended: it is tried again.
+    OSError: if process 0 has ended. It may be that of an earlier start, so the caller tries again.
     Refused: if process 0 says that they do not start.
   """
-  # Process 0 keeps the time, which began before this process reached it.
+  # Process 0 measures the time. It began before this process reached it.
   line = _read_line(one, seconds + 2 * _TELL_SECONDS, 1 << 16)
   if not line.endswith(b"\n"):
     raise OSError(0, f"process 0 at {host}:{port} has ended")
@@ -446,12 +446,12 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _read_line(one: socket.socket, seconds: float, most: int) -> bytes:
-  """What comes until a line ends, `most` bytes have come, the other side closes, or the time is over."""
+  """Bytes up to the end of a line, `most` bytes, the other side's close, or the end of the time."""
   line, deadline = b"", time.monotonic() + seconds
   while not line.endswith(b"\n") and len(line) < most:
     one.settimeout(max(deadline - time.monotonic(), 0.01))
     try:
-      received = one.recv(1)  # And not a byte of what follows the line.
+      received = one.recv(1)  # One byte at a time, because what follows the line is read by others.
     except TimeoutError:
       break
     if not received:
@@ -469,7 +469,7 @@ def _finish(one: socket.socket) -> None:
 
 
 def _keep_alive(one: socket.socket, heartbeat_seconds: float) -> None:
-  """Has the kernel probe the other machine: after a third of the heartbeat in silence, three times within a half."""
+  """Lets the kernel probe the other machine after a third of the heartbeat in silence, three times within a half."""
   one.settimeout(heartbeat_seconds)
   one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
   one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
