@@ -1,10 +1,10 @@
 """Several processes as one program: start-up, whose rows are whose, agreement, loss, and being told to stop.
 
-Every process runs the same script on the same configuration; JAX makes one mesh of
-all their devices. Work on the host (questions, verifiers, banks) is shared out by
-rows: a process handles the rows whose shards its devices hold, as numpy arrays of
-those rows alone, and what every process must know (rewards, whether one of them was
-told to stop) is gathered. With one process all of this is the identity.
+Every process runs the same script on the same configuration. JAX makes one mesh of
+all their devices. Work on the host (questions, verifiers, banks) is divided by rows: a
+process handles the rows whose shards its devices hold, as numpy arrays of those rows
+alone. Rewards, and whether a process was told to stop, are gathered for all processes.
+With one process nothing is exchanged.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from jax.experimental import multihost_utils
 
 from rredcot_jax.parallel import peers, sharding
 
-LOST = 75  # Exit status of a process that lost another one: worth trying again.
-START_SECONDS = 60.0  # How long the processes wait for each other, where RREDCOT_START_SECONDS says nothing else.
+LOST = 75  # Exit status of a process that lost another one. A new start may succeed.
+START_SECONDS = 60.0  # How long the processes wait for each other, unless RREDCOT_START_SECONDS is set.
 
 _peers: peers.Peers | None = None  # The others, once `start` has met them.
 
@@ -47,21 +47,21 @@ def start(
   facts: Mapping[str, Any] | None = None,
   check: Callable[[], object] = lambda: None,
 ) -> None:
-  """Joins the other processes of this run, if it has any; before anything else touches a device.
+  """Joins the other processes of this run, if it has any. Call it before anything else uses a device.
 
-  What is not given is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID (or JOB_COMPLETION_INDEX, which an indexed Kubernetes job sets). Without
-  the first two, where `detect` is set or SLURM, Open MPI or GKE name several tasks or TPU
-  hosts, they are found as JAX finds them. Else the run has one process and nothing is started.
+  Arguments that are not given are read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID (or JOB_COMPLETION_INDEX, which an indexed Kubernetes job sets). Without the
+  first two, JAX finds the processes if `detect` is set, or if SLURM, Open MPI or GKE name
+  several tasks or TPU hosts. Otherwise the run has one process and nothing is started.
 
   The processes meet before JAX starts (see `peers.meet`), because JAX aborts where one is
-  missing or comes twice, and compare their `facts`.
+  missing or comes twice. Then they compare their `facts`.
 
   Args:
     coordinator: "host:port" of process 0.
     num_processes, process_id: n, and i in [0, n).
     detect: let JAX find the others, as on the hosts of a TPU pod.
-    heartbeat_seconds: a process silent for so long is taken for dead, and the others stop.
+    heartbeat_seconds: a process that is silent for so long is considered dead, and the others stop.
     seconds: how long to wait for all of them; None is `start_seconds`.
     facts: what must be the same on all of them, by name: JSON values, dicts of them are
       compared key by key. The versions of JAX and Python are added.
@@ -94,7 +94,7 @@ def start(
   _peers = met
   versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
   check_same("what they are started with", {"version": versions, **(facts or {})}, seconds=seconds)
-  # JAX would take SIGTERM for itself; `StopNotice` does, with one process as with many.
+  # JAX would handle SIGTERM itself. `StopNotice` handles it, with one process and with many.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     found.coordinator,
@@ -104,7 +104,7 @@ def start(
     cluster_detection_method="deactivate",
     initialization_timeout=int(max(seconds, START_SECONDS)),
     heartbeat_timeout_seconds=heartbeat_seconds,
-    # Whoever waits for a dead process to leave in good order waits no longer than for its heartbeat.
+    # Shutdown is bounded by the heartbeat timeout.
     shutdown_timeout_seconds=heartbeat_seconds,
   )
 
@@ -122,7 +122,7 @@ class _Found:
 def _find(
   coordinator: str | None, num_processes: int | None, process_id: int | None, *, detect: bool, seconds: float
 ) -> _Found | None:
-  """What `start` says about where its values come from; None where there is one process."""
+  """The other processes, found as `start` describes; None where there is one process."""
   coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
   num_processes = _number(num_processes, "JAX_NUM_PROCESSES")
   process_id = _number(process_id, "JAX_PROCESS_ID")
@@ -143,7 +143,7 @@ def _find(
 
 
 def _detect(process_id: int | None, seconds: float) -> _Found | None:
-  from jax._src import clusters  # JAX looks nowhere else, and offers no public name for it.
+  from jax._src import clusters  # JAX has no public name for the clusters that it can detect.
 
   coordinator, count, me, local_device_ids = clusters.ClusterEnv.auto_detect_unset_distributed_params(
     None, None, process_id, None, None, int(seconds)
@@ -195,12 +195,12 @@ def barrier(name: str) -> None:
 
 
 def on_all(value: bool) -> bool:
-  """Whether it is so on every process."""
+  """Whether the argument is true on every process."""
   return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(value)).all())
 
 
 def from_main(value: bool) -> bool:
-  """What process 0 says."""
+  """The value of process 0, on every process."""
   return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
@@ -265,8 +265,8 @@ def _short(value: Any) -> str:
 
 # ---- Loss ------------------------------------------------------------------------------------
 
-# What JAX, Gloo, NCCL and the coordination service say about another process that is gone. An error of this process
-# itself (out of memory, a program that does not compile) says none of it.
+# Words in the errors of JAX, Gloo, NCCL and the coordination service about another process that has ended. Errors of
+# this process itself (out of memory, a program that does not compile) have none of them.
 _LOSS = (
   "Gloo", "gloo", "NCCL", "Connection closed", "Connection reset", "Socket closed", "Broken pipe", "heartbeat",
   "task died", "UNAVAILABLE", "CoordinationService", "coordination service", "remote process exited",
@@ -275,7 +275,7 @@ _LOSS = (
 
 
 def is_loss(error: BaseException | None) -> bool:
-  """Whether an error, or one that it came from, says that another process of this run is gone."""
+  """Whether an error, or one that caused it, says that another process of this run has ended."""
   if _peers is None and jax.process_count() == 1:
     return False
   while error is not None:
@@ -289,11 +289,11 @@ def is_loss(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def stops_with_the_others(command: str) -> Iterator[None]:
-  """Ends this process of several, with a message, when another one is lost or fails, or it fails itself.
+  """Ends this process, with a message, when another one is lost or fails, or when it fails itself.
 
-  Leaving in good order would wait for the others once more, so this process leaves at
-  once: with status `LOST`, or 1 where the failure is its own; the others are told why.
-  It notices a lost process wherever it is, also while it waits for it in a step or a save.
+  A normal end would wait for the other processes. So this process ends at once, with status
+  `LOST`, or 1 where the failure is its own. The others are told why. A lost process is
+  noticed at any time, also while this process waits for it in a step or a save.
 
   Args:
     command: resumes the run.
@@ -309,11 +309,11 @@ def stops_with_the_others(command: str) -> Iterator[None]:
     raise
   except peers.Refused as error:
     print(f"{_me()} stops: {error}", file=sys.stderr, flush=True)
-    _peers.leave(seconds=3.0)  # JAX would abort those who still read it.
+    _peers.leave(seconds=3.0)  # All wait, because JAX aborts a process that still reads a message of one that has ended.
     os._exit(1)
   except BaseException as error:
     if isinstance(error, jax.errors.JaxRuntimeError) or is_loss(error):
-      # What broke here first may be the other end of what happened there; the reason is on its way.
+      # This error may be caused by a failure of another process, whose message is still on its way.
       lost = _peers.wait_for_loss(3.0)
       if lost or is_loss(error):
         _end_lost(command, lost or f"another process is lost ({_first_line(error)})")
@@ -362,10 +362,10 @@ class Rows:
   split: bool  # Whether any group has rows in several processes; the same on all of them.
 
   def gather(self, rows: Sequence[int], *columns: Sequence[float], flag: bool = False) -> tuple[np.ndarray, bool]:
-    """What every process found for its rows, in one exchange.
+    """The results of every process for its rows, in one exchange.
 
     Args:
-      rows: of this process and no other; a row that is nobody's gets 0.
+      rows: of this process and no other. A row of no process gets 0.
       *columns: each with one number for each of `rows`.
       flag: of this process.
 
@@ -383,9 +383,9 @@ class Rows:
   def with_groups(self, tree: Any) -> Any:
     """Host arrays [b, ...] of the rows `here`, as arrays [a, ...] of the rows `around`.
 
-    What is made from a whole group's traces needs it. Nothing is exchanged, and the arrays
-    are returned as they are, where every group lies in one process; else every process
-    must call it, and each gets the traces of all for a moment.
+    It serves what is made from a whole group's traces. Where every group lies in one process
+    the arrays are returned unchanged and nothing is exchanged. Otherwise every process must
+    call it, and each briefly holds the traces of all processes.
     """
     if not self.split:
       return tree
@@ -404,10 +404,10 @@ class Rows:
 
 
 def rows_of(mesh: jax.sharding.Mesh, count: int, *, group_size: int = 1, pad: bool = False) -> Rows:
-  """Shares out a batch of `count` rows, split over the mesh's data axes.
+  """Divides a batch of `count` rows, split over the mesh's data axes, among the processes.
 
-  Where several processes hold a row (an axis of the model that spans hosts) each has
-  it in `here`, and they take turns at judging.
+  Several processes hold the same row where a mesh axis of the model spans hosts. Each of them
+  has the row in `here`, and rows are judged by them in turn.
 
   Args:
     mesh: that the rows are split over.
@@ -478,7 +478,7 @@ def whole(tree: Any) -> Any:
 # ---- Being told to stop ----------------------------------------------------------------------
 
 _METADATA = "/computeMetadata/v1/instance/"
-# What the metadata server of a Google Cloud machine answers when the machine is about to be taken away.
+# Answers of a Google Cloud machine's metadata server when the machine is about to be stopped.
 _NOTICES = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
 _POLL_SECONDS = 5.0
 
@@ -490,10 +490,10 @@ class Stopped(Exception):
 class StopNotice:
   """Whether this process was told to stop: by SIGTERM, or by Google Cloud's notice of maintenance or preemption.
 
-  SIGTERM is what TPU VMs get when they are shut down, pods when GKE drains their node,
-  and jobs when SLURM takes their time away. The notice is read from the metadata
-  server, a minute or less before; it is asked on TPU hosts and where GCE_METADATA_HOST
-  is set. A context manager: the former handler comes back on leaving.
+  TPU VMs get SIGTERM when they are shut down, pods when GKE drains their node, and jobs when
+  SLURM's time limit ends. The notice is read from the metadata server, a minute or less
+  before the machine stops. The server is asked on TPU hosts and where GCE_METADATA_HOST is
+  set. This is a context manager: the former signal handler is restored at its end.
   """
 
   def __init__(self) -> None:
@@ -529,7 +529,7 @@ class StopNotice:
         try:
           with urllib.request.urlopen(request, timeout=_POLL_SECONDS) as answer:
             text = answer.read(100).decode(errors="replace").strip()
-        except OSError:  # No such server, or not now: SIGTERM is still to come.
+        except OSError:  # No such server, or no answer now. SIGTERM will come later.
           continue
         if text == notice:
           self._give(f"{name} {text}")
