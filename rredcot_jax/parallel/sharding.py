@@ -4,8 +4,8 @@ Axes: `data` (replicas of the parameters), `fsdp` (parameters split, gathered
 when used), `tensor` (heads, MLP width and vocabulary split), `sequence` (the
 tokens of a row split; parameters are split over it as over `fsdp`). Batches are
 split over `data` and `fsdp` together. Parameters are placed by rules on their
-names, everything else by what its dimensions are: other files say "rows" or
-"heads" and never an axis.
+names. Everything else is placed by the meaning of its dimensions: other files
+say "rows" or "heads", and never name an axis.
 
 Sampling and training may want different layouts. A layout is a mesh: `relayout`
 splits the same devices in the same order into axes of other sizes, and one jitted
@@ -26,7 +26,7 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 _BATCH_AXES = ("data", "fsdp")
 _SPLIT = ("fsdp", "sequence")  # What a parameter's width is split over.
 
-# By the last name of a parameter's path; block parameters carry a leading layer axis.
+# By the last name of a parameter's path. Block parameters have a leading layer axis.
 _RULES = {
   "embedding": P("tensor", _SPLIT),
   "head": P("tensor", _SPLIT),
@@ -39,7 +39,7 @@ _RULES = {
   "down": P(None, "tensor", _SPLIT),
 }
 
-# What a dimension of an activation or a cache is.
+# The meaning of a dimension of an activation or a cache, and the axes that split it.
 _DIMENSIONS: dict[str | None, tuple[str, ...]] = {
   None: (),
   "rows": _BATCH_AXES,
@@ -65,7 +65,7 @@ def make_mesh(
   devices = jax.devices() if devices is None else devices
   shape = _axis_sizes(len(devices), data, fsdp, tensor, sequence)
   if devices[0].platform == "tpu":
-    # Neighbours in the mesh are neighbours in the torus, as far as the sizes of both allow.
+    # Neighbours in the mesh are neighbours in the torus where the sizes of both allow it.
     return Mesh(mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True), AXES)
   return Mesh(np.asarray(devices).reshape(shape), AXES)
 
@@ -198,7 +198,7 @@ def row_parts(mesh: Mesh | AbstractMesh) -> int:
 
 
 def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-  """Calls within place their intermediate results on `mesh`; None leaves that to the compiler."""
+  """Code within places its intermediate results on `mesh`; None leaves that to the compiler."""
   return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
@@ -264,9 +264,9 @@ def each_part(
 def by_tokens(function: Callable[..., Any], shared: jax.Array, *args: jax.Array) -> Any:
   """`function(shared, *args)` on each device's rows and tokens of `args`, with the whole of `shared` there.
 
-  For loops in which every round reads `shared`: it is gathered once and its gradient
-  summed over the devices once, where the compiler would do both in every round. A
-  `tensor` axis stays the compiler's.
+  It is for loops in which every round reads `shared`. The parameter is gathered once, and its
+  gradient is summed over the devices once. The compiler alone would do both in every round.
+  A `tensor` axis is left to the compiler.
 
   Args:
     function: of `shared` and arrays [B, T, ...], to a tree of arrays [B, T, ...]; tokens are independent.
@@ -281,10 +281,10 @@ def by_tokens(function: Callable[..., Any], shared: jax.Array, *args: jax.Array)
     axes if size % int(np.prod([mesh.shape[axis] for axis in axes])) == 0 else ()
     for axes, size in zip(several, args[0].shape)
   )
-  manual = tuple(axis for axes in split for axis in axes)  # In one order: every process makes the same program.
+  manual = tuple(axis for axes in split for axis in axes)  # In one order, so that every process makes the same program.
 
   def of_part(shared: jax.Array, *args: jax.Array) -> Any:
-    # Each device's own copy from here on: the sum over devices is the gradient of this line, outside of any loop.
+    # Each device has its own copy from here on. The gradient of this line is the sum over devices, outside of any loop.
     return function(jax.lax.pcast(shared, manual, to="varying"), *args)
 
   if not manual:
@@ -296,7 +296,7 @@ def by_tokens(function: Callable[..., Any], shared: jax.Array, *args: jax.Array)
 
 
 def platform() -> str:
-  """What is compiled for: "cpu", "gpu" or "tpu", of the mesh in use or of this process."""
+  """The platform that is compiled for: "cpu", "gpu" or "tpu", of the mesh in use or of this process."""
   mesh = _current()
   device = None if mesh is None else mesh.abstract_device
   name = jax.default_backend() if device is None or not device.platform else device.platform
