@@ -309,7 +309,7 @@ def stops_with_the_others(command: str) -> Iterator[None]:
     raise
   except peers.Refused as error:
     print(f"{_me()} stops: {error}", file=sys.stderr, flush=True)
-    _peers.leave(seconds=3.0)  # All wait, because JAX aborts a process that still reads a message of one that has ended.
+    _peers.leave(seconds=3.0)  # JAX aborts a process that still reads from one that has ended.
     os._exit(1)
   except BaseException as error:
     if isinstance(error, jax.errors.JaxRuntimeError) or is_loss(error):
