@@ -1,6 +1,6 @@
 """How well estimated credit agrees with a ground truth: the statistics of the credit study.
 
-Pure numpy and scipy on flat arrays: which states are compared is the caller's choice.
+Numpy and scipy on flat arrays. The caller chooses which states are compared.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,8 +38,8 @@ def mean_absolute_error(estimate: np.ndarray, truth: np.ndarray) -> float:
 def calibration_error(estimate: np.ndarray, truth: np.ndarray, *, bins: int = 10) -> float:
   """Expected calibration error: sum_b n_b / n |mean of the estimates - mean of the truth| over bins of the estimate.
 
-  Bins hold equally many estimates (equal ones stay together), because differences lie near 0 and
-  equal widths would put nearly all of them into one bin. NaN over nothing.
+  Bins hold equally many estimates, and equal estimates stay together. Bins of equal width would
+  not do, because differences lie near 0 and nearly all would fall into one bin. NaN of no estimate.
   """
   if not len(truth):
     return float("nan")
@@ -67,9 +67,9 @@ def noise_ceiling(
 
       r = Spearman(half 1, half 2), mean over random splits;  reliability = 2 r / (1 + r);  ceiling = sqrt(reliability)
 
-  The second step is Spearman and Brown's, from half the samples to all of them, the third the
-  attenuation of one noisy side alone: both are exact for linear correlation with equal error
-  variances and approximate for ranks.
+  The second step is the Spearman-Brown formula, from half the samples to all of them. The third
+  step is the attenuation by noise on one side alone. Both are exact for linear correlation with
+  equal error variances, and approximate for ranks.
 
   Args:
     halves: generator -> the truth from a random half of its samples and from the other half.
@@ -110,8 +110,8 @@ def gradient_figures(
   Averages over prompts are taken of I, V and S first, and ratios last. With the reference r an
   unbiased estimator of the policy gradient dJ:
 
-      variance_ratio      V_a / V_baseline: raw, so that an estimator can look better by being small
-      own                 V_a / I_aa: noise over own signal (inverse signal-to-noise), free of scale
+      variance_ratio      V_a / V_baseline: raw, so an estimator can look better because its scale is small
+      own                 V_a / I_aa: noise over own signal (inverse signal-to-noise), independent of scale
       useful              V_a I_rr / I_ar^2: as own, but only the part of the mean along dJ is signal. The same as
                           `own` where E g^a is parallel to dJ; a precise mean in a useless direction counts as noise.
       cosine_of_means     I_ar / sqrt(I_aa I_rr): the direction that many rollouts lead to
