@@ -6,8 +6,8 @@
     grpo                        the group advantage, the same on every segment
     random                      noise, the control
 
-Each gives rewards r_k, and those that estimate state values give these as well. The sources are the
-objects that training uses (`credit.sources`). Names are what study.json is keyed by.
+Each gives rewards r_k. Those that estimate state values give the values too. The sources are the
+objects that training uses (`credit.sources`). study.json uses these names as keys.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from rredcot_jax.model import decoder
 from rredcot_jax.ops import banks, redistribution, types
 from rredcot_jax.ops.names import check_option
 
-# What is offered by name. Forms that a bank cannot carry are left out: self_normalised needs failures.
+# The methods by name. Forms that a bank does not allow are left out, because self_normalised needs failures.
 SCORED: Mapping[str, BankOptions] = {
   "rredcot_suffix": BankOptions("suffix"),
   "rredcot_suffix_length_normalised": BankOptions("suffix", form="length_normalised"),
@@ -83,7 +83,7 @@ class Estimate:
   forward_tokens: int  # Token-forwards run, padding included; a backward pass counts as two. Generated ones apart.
   generated_tokens: int
   flops: float
-  covered: float  # Share of states with anything behind their value.
+  covered: float  # Share of states whose value has at least one completion.
 
 
 class Estimators:
@@ -145,7 +145,7 @@ class Estimators:
     )
 
   def _control(self, name: str, traces: Traces, key: jax.Array) -> Estimate:
-    """What is no source of credit: the group's advantage spread evenly, or noise."""
+    """The credit of the two methods without a source: the group's advantage spread evenly, or noise."""
     began = time.perf_counter()
     exists = np.asarray(traces.segments.mask)
     if name == "random":
