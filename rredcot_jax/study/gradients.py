@@ -2,9 +2,9 @@
 
     g_a = 1/G sum_i sum_t A^a_{i,t} grad log pi(o_{i,t} | x_i, o_{i,<t})      one group of G traces, estimator a
 
-All estimators share one forward pass: the gradient is linear in the advantages. No gradient is
-kept, only sums over groups and products within a group, which is all that
-`agreement.gradient_figures` needs; so a million parameters and a thousand groups fit.
+All estimators share one forward pass, because the gradient is linear in the advantages. No gradient
+is kept. `agreement.gradient_figures` needs only sums over groups and products within a group, so a
+million parameters and a thousand groups fit into memory.
 """
 
 from typing import Any
@@ -45,8 +45,8 @@ def add_groups(
     total: [A, D] float32, the sum over earlier groups.
     temperature: the sampling temperature.
     part: one of `PARTS`: "all" parameters, or the output "head" alone (its use of the
-      embedding table where the two are tied), which takes no backward pass through the
-      layers: for models whose whole gradients are too dear to take by the hundred.
+      embedding table where the two are tied). The head needs no backward pass through the
+      layers. It is for models whose whole gradients cost too much to take by the hundred.
 
   Returns:
     [A, D] the new total, and [A, A] S = sum over the n groups of g^a . g^b.
@@ -58,7 +58,7 @@ def add_groups(
     traces, weights = group
     _, pull = jax.vjp(_log_probs_of(params, config, traces, temperature, part), _variable(params, part))
     size = weights.shape[1]
-    # One after the other: under vmap, XLA (jax 0.10.2, CPU) gives wrong gradients from 8 estimators on.
+    # One after the other, because under vmap XLA (jax 0.10.2, CPU) gives wrong gradients from 8 estimators on.
     gradients = jax.lax.map(lambda one: pull(jnp.where(traces.mask, one, 0) / size)[0], weights)
     flat = jnp.concatenate([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(gradients)], axis=1)
     flat = flat.astype(jnp.float32)
