@@ -1,10 +1,10 @@
 """The distinct states of many traces and their values from many rollouts: what estimators are measured against.
 
-Traces of a group share prefixes, whole traces where the policy repeats itself. A state is
-its prompt and its tokens, so equal prefixes are one state, valued once, with all its samples.
+Traces of a group share prefixes, or are equal where the policy repeats itself. A state is
+its prompt and its tokens. So equal prefixes are one state, which is valued once.
 
-Rounds of samples are files, written as they are made: an interrupted study goes on at
-the round it was in.
+Each round of samples is written to a file when it is made. An interrupted study continues
+with the round that was interrupted.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from rredcot_jax.study import estimators
 
 @dataclasses.dataclass
 class States:
-  """Distinct states, numbered as they were first met, and one trace each that passes through it."""
+  """Distinct states, numbered in the order of their first use, and for each a trace that passes through it."""
 
   places: dict[tuple[int, tuple[int, ...]], int] = dataclasses.field(default_factory=dict)
   prompts: list[int] = dataclasses.field(default_factory=list)
@@ -103,7 +103,7 @@ def measure(
   Args:
     engine: the policy and the task.
     traces: that the states lie on.
-    states: what to value; their order decides the files, so it must be the same in every call.
+    states: to be valued. Their order decides the files, so it must be the same in every call.
     key: of all samples; continuation m of a state does not depend on rounds.
     directory: where the rounds are kept.
     samples: a state; a multiple of `samples_per_round`.
@@ -148,9 +148,9 @@ def measure(
 
 
 def _chunks(states: States, rows_at_once: int) -> list[list[tuple[int, dict[int, int]]]]:
-  """Traces to run together, each with {place to cut: state number}; long work first, so that a chunk's rows are alike.
+  """Traces to run together, each with {place to cut: state number}, long ones first, so that rows of a chunk are alike.
 
-  Every trace starts from its prompt anew, since segments do; those samples are the prompt's as well.
+  A trace's first segment begins at its prompt, so the prompt is sampled from again. Those samples count for the prompt.
   """
   cuts: dict[int, dict[int, int]] = {}
   for place, (prompt, row, start) in enumerate(zip(states.prompts, states.rows, states.starts)):
@@ -178,7 +178,7 @@ def _segments(traces: estimators.Traces, chunk: list[tuple[int, dict[int, int]]]
 
 
 def _write(path: pathlib.Path, layout: np.ndarray, values: monte_carlo.MonteCarloValues) -> None:
-  """Whole or not at all: a killed study must not leave half a file to read."""
+  """Writes a file whole or not at all, because a killed study must not leave half a file."""
   with files.replacing(path) as temporary, open(temporary, "wb") as file:
     np.savez_compressed(file, layout=layout, **dataclasses.asdict(values))
 
@@ -197,9 +197,9 @@ def _read(path: pathlib.Path, layout: np.ndarray) -> monte_carlo.MonteCarloValue
 def first_wrong_segments(task: tasks.Task, codec: Codec, traces: estimators.Traces) -> np.ndarray:
   """[B] int, the segment in which a failed trace made its first mistake; -1 where unknown.
 
-  Known for tasks that have a `first_wrong_step`: elsewhere many wordings are right. The place is the first
-  token of that line which differs from the reference's line. -1 also for traces that succeeded, and for failed
-  ones all of whose lines are right.
+  It is known for tasks that have a `first_wrong_step`, because elsewhere many wordings are right. The place is
+  the first token of that line which differs from the reference's line. It is also -1 for traces that succeeded,
+  and for failed traces whose lines are all right.
   """
   result = np.full(len(traces.returns), -1)
   rollout, ids = jax.device_get((traces.rollout, traces.segments.segment_ids))
@@ -219,10 +219,10 @@ def first_wrong_segments(task: tasks.Task, codec: Codec, traces: estimators.Trac
 
 
 def answer_stated(task: tasks.Task, codec: Codec, traces: estimators.Traces) -> np.ndarray:
-  """[B, K] bool, states whose trace has stated its answer already, so that little is left to decide.
+  """[B, K] bool, states whose trace has already stated its answer.
 
-  By the task's own `answer_stated` if it has one; else once the trace's own final answer stands in it as a
-  whole word. In both, once the thought was left.
+  The task's own `answer_stated` decides, if it has one. Otherwise the answer is stated once the trace's final
+  answer stands in it as a whole word. In both cases it is stated once the thought was left.
   """
   rollout, segments = jax.device_get((traces.rollout, traces.segments))
   starts = np.asarray(segments.starts)
