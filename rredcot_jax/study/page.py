@@ -1,7 +1,7 @@
 """The credit study for people: study.json, PNG figures, and one self-contained page.
 
-Texts of traces are a model's, hence untrusted: they reach the page escaped, and the figures with control
-characters as codes and no formulas.
+Texts of traces come from a model, so they are not trusted. The page escapes them. Figures show control characters
+as codes and render no formulas.
 """
 
 import base64
@@ -130,7 +130,7 @@ def label(name: str) -> str:
 
 
 def _bars(ax: "Axes", names: Sequence[str], figures: Mapping[str, Any], *, log: bool = False) -> None:
-  """Horizontal bars with intervals; best of each kind is not sorted, so that panels compare."""
+  """Horizontal bars with intervals, in one order for all panels, so that panels can be compared."""
   places = range(len(names))
   for y, name in zip(places, names):
     value = figures.get(name)
@@ -183,7 +183,7 @@ def _by_position(ax: "Axes", result: Mapping[str, Any]) -> None:
 
 
 def calibration_figure(result: Mapping[str, Any]) -> "Figure | None":
-  """Mean truth over mean estimate, a panel a method."""
+  """The mean truth against the mean estimate, one panel for each method."""
   from matplotlib.figure import Figure
 
   curves = result["calibration"]
@@ -209,7 +209,7 @@ def calibration_figure(result: Mapping[str, Any]) -> "Figure | None":
 
 
 def cost_figure(result: Mapping[str, Any]) -> "Figure | None":
-  """Agreement over operations a trace: what quality costs."""
+  """Agreement against operations a trace."""
   from matplotlib.figure import Figure
 
   rows = result["value_quality"]["differences"]["all"]["methods"]
@@ -283,7 +283,7 @@ def segmentation_figure(result: Mapping[str, Any]) -> "Figure | None":
 
 
 def trace_figure(trace: Mapping[str, Any]) -> "Figure":
-  """One trace, a row a segment and a column a method, each column tinted by its own largest reward."""
+  """One trace: a row for each segment, a column for each method, tinted relative to the column's largest reward."""
   from matplotlib.figure import Figure
 
   methods = list(trace["rewards"])
@@ -355,7 +355,7 @@ def cell(figure: Sequence[float | None] | None, digits: int = 3) -> str | None:
 def _sections(result: Mapping[str, Any]) -> list[dict[str, Any]]:
   """The page's sections of tables: each a heading, a note and tables, each a caption, its rows and whether it is open.
 
-  A caption of None is no fold: the table stands by itself.
+  A table whose caption is None cannot be folded.
   """
   return [
     {"heading": "a. Value quality", "note": "", "tables": _value_tables(result)},
