@@ -1,8 +1,8 @@
 """The tables of the credit study, from traces, their credit by every method, and the ground truth.
 
-Figures are JSON values: a number with its interval is [value, low, high], None where there is none.
-Intervals are 95% by bootstrap over prompts: states of one prompt are not independent, because traces of a
-group share whole prefixes.
+Figures are JSON values. A number with its interval is [value, low, high], None where there is none.
+Intervals are 95%, by bootstrap over prompts, because states of one prompt are not independent: traces of
+a group share prefixes.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def evidence_of(traces: Traces, state_of: np.ndarray, prompts: np.ndarray, state
 
 
 def credit_in_chunks(engine: Estimators, name: str, traces: Traces, key: jax.Array, rows_at_once: int) -> Estimate:
-  """`engine.credit` of many traces, some at a time; the seconds are the median chunk's, so without compiling."""
+  """`engine.credit` of many traces in chunks. Seconds are the median chunk's, so that compiling does not count."""
   total = len(traces.returns)
   parts = [
     engine.credit(name, traces.rows(np.arange(first, min(first + rows_at_once, total))), jax.random.fold_in(key, first))
@@ -207,7 +207,7 @@ def localisation(
 def largest_drops(evidence: Evidence, truth: ground_truth.GroundTruth) -> np.ndarray:
   """[B] int, the segment of a failed trace at which the true value falls most; -1 if not by 1.96 standard errors.
 
-  What stands in for the first wrong step where nobody knows it.
+  It replaces the first wrong step for tasks in which that is not known.
   """
   rewards = evidence.differences(truth.values)
   errors = evidence.spread(truth.standard_errors)
