@@ -1,9 +1,9 @@
-"""Checkpoints: train state, step and data iterator through Orbax, read back and sealed before they count.
+"""Checkpoints: train state, step and data iterator through Orbax, read back and hashed before they count.
 
-A checkpoint is written beside its place and renamed when complete, so that a
-process killed at any moment leaves the last complete one untouched. Before the
-renaming its structure is read back and the hashes of its files are written beside
-them (see `manifest`); they are compared before it is restored.
+A checkpoint is written beside its place and renamed when complete. So a process that
+is killed at any moment leaves the last complete checkpoint untouched. Before the
+renaming the structure is read back, and the hashes of the files are written beside them
+(see `manifest`). The hashes are compared before a checkpoint is restored.
 """
 
 import errno
@@ -49,17 +49,17 @@ class Checkpointer:
     Args:
       directory: made if need be.
       keep: at least 2.
-      on_failure: whether a checkpoint that cannot be written (a full disk) raises
-        `SaveFailed`, or is reported and counted in `num_failed`; of several processes the
-        one that cannot write raises.
-      writes: whether this is the run's own; what killed runs have left half-written is
-        then removed. Off, nothing in the directory is changed.
+      on_failure: "stop" raises `SaveFailed` for a checkpoint that cannot be written (a full
+        disk). "continue" reports it and counts it in `num_failed`. Where there are several
+        processes, the one that cannot write raises.
+      writes: whether the caller is the run that writes here. Half-written checkpoints of
+        killed runs are then removed. Otherwise nothing in the directory is changed.
       fingerprints: hashes of what the run is made from, by name, kept in every checkpoint
         and compared when one is restored; see `workdir.check_fingerprints`.
 
     Raises:
-      ValueError: if `keep` < 2: a damaged newest checkpoint could not be passed over; if
-        there are several processes and `on_failure` is "continue".
+      ValueError: if `keep` < 2, because a damaged newest checkpoint needs another one before
+        it; if there are several processes and `on_failure` is "continue".
     """
     check_option("checkpoint.on_failure", on_failure, ON_FAILURE)
     if on_failure == "continue" and jax.process_count() > 1:
@@ -117,10 +117,10 @@ class Checkpointer:
   def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
     """The newest readable checkpoint, or None where there is none at all.
 
-    A checkpoint whose files are not what was written, or that a process cannot read, is
-    named in a warning, moved aside (so that its step can be saved again) and the one
-    before it is tried. One without hashes (of an older version, or of a run killed in the
-    moment before) is read with a warning that says so.
+    If the files of a checkpoint are not what was written, or a process cannot read it, a
+    warning names it, it is moved aside so that its step can be saved again, and the one
+    before it is tried. A checkpoint without hashes (of an older version, or of a run killed
+    just before they were written) is read with a warning.
 
     Args:
       abstract_state: shapes, dtypes and shardings to restore into.
@@ -150,7 +150,7 @@ class Checkpointer:
     return None
 
   def _restore(self, step: int, abstract_state: Any) -> tuple[Any, str]:
-    """The state and data of one checkpoint, or why it cannot be read: the same on every process whether it can."""
+    """The state and data of one checkpoint, or why it cannot be read. All processes agree whether it can."""
     path, elsewhere = self._directory / str(step), "another process cannot read it"
     reason = ""
     if manifest.exists(path):
@@ -167,7 +167,7 @@ class Checkpointer:
       held = restored["data"]
       if held.get("format", _FORMAT) == _FORMAT and held.get("step", step) != step:
         reason = f"it is the checkpoint of step {held['step']}"
-    except Exception as error:  # Orbax and TensorStore raise many kinds; each means the same here.
+    except Exception as error:  # Orbax and TensorStore raise many kinds of errors. All mean the same here.
       if processes.is_loss(error):
         raise
       reason = _reason(error)
@@ -184,7 +184,7 @@ class Checkpointer:
     return {"state": restored["state"], "data": held["data"] if "format" in held else held}, ""
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk; raises `SaveFailed`, whatever `on_failure` says, if it cannot be."""
+    """Returns when everything saved is on disk; raises `SaveFailed` if it cannot be, whatever `on_failure` is."""
     self._settle("stop")
 
   def close(self) -> None:
@@ -205,7 +205,7 @@ class Checkpointer:
     self._saving = None
 
   def _check_place(self, step: int) -> None:
-    """Raises OSError unless a sealed checkpoint stands in its place; brings its name to the disk."""
+    """Raises OSError unless a checkpoint with hashes is in its place; syncs its name to the disk."""
     if not manifest.exists(self._directory / str(step)):
       raise FileNotFoundError(f"it is not at {self._directory / str(step)} after it was written")
     manifest.sync_directory(self._directory)
@@ -228,7 +228,7 @@ class Checkpointer:
     manager = ocp.CheckpointManager(self._directory, options=self._options)
     if jax.process_count() == 1:
       return manager
-    # Orbax waits for the other processes before it tells what went wrong, and they for this one: it is noted here.
+    # The error is stored, because Orbax reports it only after the other processes, which wait for this one.
     checkpointer = manager._checkpointer
     wait = checkpointer.wait_until_finished
 
@@ -260,7 +260,7 @@ class Checkpointer:
     step, self._saving = self._saving, None
     self.num_failed += 1
     if processes.is_main():
-      # What there is of it takes the place that the next one needs.
+      # Its half-written files take disk space that the next one needs.
       for path in self._directory.glob(f"{step}.*"):
         shutil.rmtree(path, ignore_errors=True)
     self._manager.reload()
@@ -296,12 +296,12 @@ class Checkpointer:
 
 
 def _shapes(tree: Any) -> list[tuple]:
-  """Shapes and dtypes of a tree's arrays, in an order that is theirs alone: Orbax returns trees of another kind."""
+  """Shapes and dtypes of a tree's arrays, sorted, because Orbax returns trees of other node types."""
   return sorted((tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
 
 
 def _system_error(error: BaseException) -> OSError | None:
-  """What the system said, whoever has passed it on."""
+  """The operating system's error that caused `error`, if there is one."""
   text = str(error)
   numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
   said = next((number for number in numbers if os.strerror(number) in text), None)
@@ -311,7 +311,7 @@ def _system_error(error: BaseException) -> OSError | None:
 
 
 def _reason(error: Exception) -> str:
-  """An error in a line: what the system said, if it is known to be that, else the beginning."""
+  """An error in one line: the operating system's message where there is one, else the beginning."""
   system = _system_error(error)
   if system is not None:
     return os.strerror(system.errno or 0)
