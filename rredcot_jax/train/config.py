@@ -20,7 +20,7 @@ def default_config() -> ConfigDict:
   config.num_steps = 100  # Policy updates.
 
   config.task = ConfigDict()
-  # "chain", "reasoning_gym/<data set>", "dataset/<corpus>", or "package.module:Class" of one's own.
+  # "chain", "reasoning_gym/<data set>", "dataset/<corpus>", or "package.module:Class" of your own.
   config.task.name = "chain"
   config.task.options = ConfigDict()  # Passed to the task's class; a config file may add keys.
 
@@ -63,7 +63,7 @@ def default_config() -> ConfigDict:
   config.rollout.prompts_per_step = 16
   config.rollout.group_size = 8  # Rollouts a prompt; the group advantage needs at least 2.
   config.rollout.max_prompt_tokens = 24
-  config.rollout.overlong = "refuse"  # preflight.OVERLONG: what becomes of a task with longer prompts, or "skip" them.
+  config.rollout.overlong = "refuse"  # preflight.OVERLONG: "refuse" a task with longer prompts, or "skip" them.
   config.rollout.max_tokens = 56  # Room for a trace; longer ones are truncated.
   config.rollout.temperature = 1.0
   config.rollout.top_k = 0  # 0 is off.
@@ -82,7 +82,7 @@ def default_config() -> ConfigDict:
   config.credit.options = ConfigDict()  # Passed to the source's class; a config file may add keys.
   config.credit.bank = "answer"  # banks.BANKS, or "package.module:function".
   config.credit.max_completion_tokens = 56  # Room for a completion; longer ones are left out, and counted.
-  config.credit.scored = "all"  # Which of its tokens count, banks.SCORED; "body" is as if the thought had been left.
+  config.credit.scored = "all"  # Which of its tokens count, banks.SCORED; "body" leaves out the exit.
   config.credit.fallback = "uniform"  # Where the rollouts bank is empty: "uniform", or a reference bank's name.
   config.credit.form = "plain"  # values.FORMS, or "package.module:function".
   config.credit.initial_value = "baseline"  # redistribution.INITIAL_VALUES
@@ -151,8 +151,8 @@ def default_config() -> ConfigDict:
   config.compute.microbatches = 1  # Parts of a batch whose gradients are added up for one update.
   config.compute.length_buckets = 1  # Lengths that an update is compiled for, up to rollout.max_tokens.
 
-  config.distributed = ConfigDict()  # Several processes; how many is no part of an experiment.
-  config.distributed.heartbeat_seconds = 100  # A process silent for so long is taken for dead, and the others stop.
+  config.distributed = ConfigDict()  # Several processes. Their number is not part of an experiment.
+  config.distributed.heartbeat_seconds = 100  # A process silent for so long is considered dead, and the others stop.
 
   config.num_traces = 8  # Traces kept for the report, at every evaluation.
   config.lock()
@@ -179,7 +179,7 @@ def add_study(config: ConfigDict) -> None:
   study.gradient_prompts = 4  # Fixed prompts for the gradient's variance; 0 leaves it out.
   study.gradient_groups = 64  # Independent groups of rollouts of each, at least 2.
   study.groups_at_once = 8
-  # What `study.token_advantages` knows: "<method>:<mode>", or "grpo" (what others are over) in one of its forms.
+  # Names of `study.token_advantages`: "<method>:<mode>", or "grpo" (the denominator) in one of its forms.
   study.gradient_estimators = ()
   study.resamples = 500  # Of the bootstrap over prompts.
   config.lock()
@@ -187,7 +187,7 @@ def add_study(config: ConfigDict) -> None:
 
 
 def _open_options(config: ConfigDict) -> ConfigDict:
-  """Unlocks what is passed on to classes that a configuration names."""
+  """Unlocks the options that are passed to classes which a configuration names."""
   for options in (config.task.options, config.evaluation.task.options, config.credit.options):
     options.unlock()
   return config
