@@ -16,15 +16,15 @@ def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
   ]
 
 
-# How a run is laid out and looked after, not what it computes; another layout agrees to float32 reassociation.
+# Keys that do not change what a run computes, but for the order of float32 sums.
 _LAYOUT = ("mesh.", "rollout_mesh.", "distributed.", "checkpoint.")
 
 
 def run_differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
   """As `differences`, between a run's stored configuration and one to resume it with.
 
-  A key that the run does not have, being older, is taken to have its default; keys of
-  the layout (mesh, distributed, checkpoint) may change.
+  A key that an older run does not have is assumed to have its default. Keys of the layout
+  (mesh, rollout_mesh, distributed, checkpoint) may change.
   """
   flat = _flatten(default_config().to_dict()) | _flatten(held)
   kept = lambda tree: {name: value for name, value in tree.items() if not name.startswith(_LAYOUT)}
