@@ -54,7 +54,7 @@ class Experiment:
       ValueError: if there is none, or if it is not the checkpoint's.
     """
     options = self.config.tokenizer
-    # A warm start writes initial_params: before it there is what it starts from.
+    # A warm start writes initial_params. Before it has run, the checkpoint that it starts from is used.
     starts = [path for path in (self.config.initial_params, self.config.warm_start.initial_params) if path]
     beside = (tokenizer.find(initial.locate(start)) for start in starts)
     path = initial.locate(options.path) if options.path else next(filter(None, beside), None)
