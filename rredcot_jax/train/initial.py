@@ -63,7 +63,7 @@ def start_params(
 
 
 def save_params(params: Any, path: str | os.PathLike) -> None:
-  """Writes a parameter tree as one safetensors file, atomically; names are paths, "blocks/query"."""
+  """Writes a parameter tree as one safetensors file, atomically. Tensors are named by path, as "blocks/query"."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   flat = {_SEPARATOR.join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in leaves}
   with files.replacing(path) as temporary:
