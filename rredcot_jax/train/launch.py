@@ -23,7 +23,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is
 def join_processes(
   config: ConfigDict, workdir: pathlib.Path | None = None, check: Callable[[], object] = lambda: None
 ) -> None:
-  """Starts what connects this process with the others that the flags or the environment name.
+  """Connects this process with the others that the flags or the environment name.
 
   Args:
     config, workdir: of the run; the processes compare them, and their code.
