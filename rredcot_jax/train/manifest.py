@@ -8,16 +8,16 @@ import pathlib
 
 NAME = "MANIFEST.json"
 _FORMAT = 1
-_THREADS = 4  # hashlib and reads let other threads run.
+_THREADS = 4  # Threads help, because hashing and reading release Python's lock.
 _CHUNK = 1 << 20
 
-# Orbax stamps the time into these two after the manifest is written; nothing else in them changes.
+# Orbax writes the time into these two after the manifest is written. Nothing else in them changes.
 _STAMPED, _STAMP = "_CHECKPOINT_METADATA", "commit_timestamp_nsecs"
 _NOT_COVERED = (NAME, "commit_success.txt")
 
 
 def write(directory: str | os.PathLike) -> None:
-  """Brings every file under `directory` to the disk and writes their sizes and hashes beside them, last of all.
+  """Syncs every file under `directory` to the disk, and writes their sizes and hashes beside them last.
 
   Raises:
     OSError: if the disk refuses.
@@ -42,7 +42,7 @@ def exists(directory: str | os.PathLike) -> bool:
 
 
 def damage(directory: str | os.PathLike, *, part: int = 0, parts: int = 1) -> str:
-  """What differs from what was written, naming the file; "" where nothing does.
+  """The first difference from what was written, naming the file; "" where nothing differs.
 
   Args:
     directory: one that has a manifest.
@@ -73,7 +73,7 @@ def damage(directory: str | os.PathLike, *, part: int = 0, parts: int = 1) -> st
 
 
 def sync_directory(directory: str | os.PathLike) -> None:
-  """Brings the names in a directory to the disk, where the system can."""
+  """Syncs the names in a directory to the disk, where the system can."""
   descriptor = os.open(directory, os.O_RDONLY)
   try:
     os.fsync(descriptor)
