@@ -1,8 +1,8 @@
 """Metrics of a run: JSON lines and TensorBoard, fetched a step late.
 
-Fetching a step's metrics waits for that step, so they are fetched when the
-next step has been dispatched: the device is never idle for them. They are
-written by the thread that trains: a writer in the background would fail unseen.
+Fetching a step's metrics waits for that step. So they are fetched after the next step
+has been dispatched, and the device is not idle meanwhile. The thread that trains writes
+them, because an error of a background thread would not be seen.
 """
 
 import json
@@ -27,9 +27,9 @@ class MetricsWriter:
   """Appends to `metrics.jsonl` (and TensorBoard) in a work directory."""
 
   def __init__(self, workdir: str | os.PathLike, *, resume_step: int, writes: bool = True):
-    """Opens the files; lines of steps after `resume_step` belong to a lost future and are dropped.
+    """Opens the files, and drops lines of steps after `resume_step`, which will be run again.
 
-    With `writes` off it only reads the metrics: of several processes, one writes.
+    With `writes` off it only reads the metrics, because one of several processes writes.
 
     Raises:
       WriteFailed: if `metrics.jsonl` cannot be written.
@@ -43,7 +43,7 @@ class MetricsWriter:
 
   @property
   def num_lost_events(self) -> int:
-    """Steps that TensorBoard did not get, because it could not be written."""
+    """The number of steps missing in TensorBoard, because it could not be written."""
     return self._board.num_lost if self._board is not None else 0
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> list[dict]:
@@ -55,7 +55,7 @@ class MetricsWriter:
   def flush(self) -> list[dict]:
     """Writes everything taken so far, durably; returns the lines.
 
-    Where TensorBoard has been given up, a line says how many steps it lacks.
+    If TensorBoard could not be written, a line says how many steps it lacks.
 
     Raises:
       WriteFailed: if `metrics.jsonl` cannot be written; it ends with its last whole line then.
@@ -80,7 +80,7 @@ class MetricsWriter:
 
 
 class _Board:
-  """Scalars for TensorBoard; given up, with a warning, and counted from then on where they cannot be written."""
+  """Scalars for TensorBoard. After an error it warns, writes no more, and counts the steps that are missing."""
 
   def __init__(self, directory: pathlib.Path, purge_step: int):
     self.num_lost = 0
@@ -173,7 +173,7 @@ def drop_lines_after(path: str | os.PathLike, step: int) -> None:
 
 
 def is_evaluated(path: str | os.PathLike, step: int) -> bool:
-  """Whether a metrics.jsonl has the evaluation of `step`; not where there is no such file, or nothing whole in it."""
+  """Whether a metrics.jsonl has the evaluation of `step`; False where the file is missing or has no whole line."""
   try:
     text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
   except FileNotFoundError:
