@@ -23,8 +23,8 @@ REMATS_BY_COST = ("none", "dots", "attention", "full")  # From least computed ag
 def programs(experiment: Experiment) -> dict[str, Callable[[], Any]]:
   """The three programs of a training step, each to be lowered by a call: sample, score, update.
 
-  Nothing is allocated: arguments are shapes with the placement that training gives them. The devices
-  that the experiment was given need not be there.
+  Nothing is allocated. Arguments are shapes with the placement of training. The devices of the
+  experiment need not exist.
 
   Args:
     experiment: of a configuration as experiments/train.py takes it.
@@ -79,7 +79,7 @@ def programs(experiment: Experiment) -> dict[str, Callable[[], Any]]:
 
 
 def bytes_a_chip(tree: Any) -> int:
-  """What one device holds of abstract arrays with their placement."""
+  """Bytes of abstract arrays that one device holds, by their placement."""
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -121,7 +121,7 @@ def search(
 
   Args:
     fits: (programs, changes) -> whether they fit; changes are prompts, remat and microbatches.
-    prompts: a step's, to begin with; doubled while sampling and scoring fit, and the update at its smallest.
+    prompts: of a step, to begin with. Doubled while sampling, scoring and the update with least memory fit.
     group_size: rows a prompt.
     row_parts: devices that rows are split over; a microbatch has at least a row for each.
 
