@@ -70,7 +70,7 @@ def make_optimizer(
     schedule = optax.warmup_cosine_decay_schedule(
       0.0, learning_rate, min(warmup_steps, decay_steps - 1), decay_steps, end_value=learning_rate / 10
     )
-  # Block parameters are stacked over layers, so a norm's scale is a matrix by rank and must be told by name.
+  # Block parameters are stacked over layers. A norm's scale then has two axes, so it is recognised by name.
   decayed = lambda params: jax.tree_util.tree_map_with_path(
     lambda path, _: not any("norm" in str(k) or "bias" in str(k) for k in path), params
   )
@@ -108,9 +108,9 @@ def policy_update(
     weight: (loss_mask) -> [], a part's share in the loss of the batch, such as a partial of
       `losses.loss_weight`; needed for more than one microbatch.
     microbatches: static; parts of B / microbatches rows whose gradients are added up in
-      float32. The update is the whole batch's, memory that of a part.
-    skip_non_finite: leave the state as it is where the loss or its gradient is not
-      finite, and say so in the metric `skipped`.
+      float32. The update is that of the whole batch, with the memory of one part.
+    skip_non_finite: leave the state unchanged where the loss or its gradient is not
+      finite, and count it in the metric `skipped`.
 
   Returns:
     The new state and scalar metrics, `gradient_norm` and `entropy` among them.
@@ -276,8 +276,8 @@ def for_rollouts(
 ) -> Callable[[decoder.Params], decoder.Params]:
   """A function of parameters placed on `mesh`: as sampling and scoring want them on `rollout_mesh`.
 
-  Sampling reads every parameter once a token: it wants them rounded to what they are
-  computed with, and where its own layout has them. Itself where neither changes anything.
+  Sampling reads every parameter once a token. So they are rounded to the compute type and
+  moved to the layout of sampling once. The parameters themselves where neither changes them.
   """
   if rollout_mesh is mesh and config.compute.dtype == "float32":
     return lambda params: params
