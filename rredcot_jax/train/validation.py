@@ -137,7 +137,7 @@ def _get(config: ConfigDict, name: str) -> Any:
 
 
 def _check_finite(prefix: str, tree: Any) -> None:
-  """No option of a class that a configuration names is NaN: such a run could never be resumed, as NaN is not itself."""
+  """Refuses NaN in the options of a class: such a run could not be resumed, because NaN does not equal itself."""
   if isinstance(tree, Mapping):
     for name, value in tree.items():
       _check_finite(f"{prefix}.{name}" if prefix else str(name), value)
