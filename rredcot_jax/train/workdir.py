@@ -1,9 +1,9 @@
-"""A run's work directory: who may write in it, which run it holds, and what is said when it cannot be written.
+"""A run's work directory: who may write in it, which run it holds, and the errors when it cannot be written.
 
-`claim` is called before anything is written. One run at a time holds a directory: process 0 locks
-`run.lock` (the kernel gives the lock back however the process ends) and, for filesystems whose locks do
-not reach other machines, renews `run.lease` every few seconds. `config.json` says which run the
-directory holds: its configuration, and hashes of what it is made from.
+`claim` is called before anything is written. One run at a time holds a directory. Process 0 locks `run.lock`,
+and the kernel releases the lock however the process ends. On some filesystems locks do not reach other machines,
+so process 0 also renews `run.lease` every few seconds. `config.json` says which run the directory holds: its
+configuration, and hashes of its code and files.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from rredcot_jax.train import differences
 
 FORMAT = 1  # Of config.json and what lies beside it.
 _BEAT_SECONDS = 5.0
-_LEASE_SECONDS = 30.0  # A holder on another machine that has not renewed its lease for so long is taken for dead.
+_LEASE_SECONDS = 30.0  # A holder on another machine that has not renewed its lease for so long is considered dead.
 _HOLDINGS = ("metrics.jsonl", "traces.jsonl", "checkpoints")  # What a run leaves, beside config.json.
 
 
@@ -64,7 +64,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def advice(error: OSError, directory: str | os.PathLike) -> str:
-  """What to do about an error of the system's, as the beginning of a sentence."""
+  """What to do about an error of the operating system, as the beginning of a sentence."""
   if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
     return f"Make {directory} writable for this user"
   if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -127,7 +127,7 @@ def hash_of_code() -> str:
 def check_fingerprints(held: Mapping[str, str], now: Mapping[str, str], *, where: str) -> None:
   """Compares the hashes that a run was begun with to those of this start.
 
-  Another code is a warning, because the rest of the run may well be meant to have it.
+  Changed code is only a warning, because it may be intended for the rest of the run.
 
   Raises:
     ValueError: naming what else has changed. A hash that only one side has is not compared.
@@ -147,7 +147,7 @@ def check_fingerprints(held: Mapping[str, str], now: Mapping[str, str], *, where
 
 
 def version() -> str:
-  """This package's, as installed."""
+  """This package's version, as installed."""
   try:
     return importlib.metadata.version("rredcot-jax")
   except importlib.metadata.PackageNotFoundError:
@@ -223,7 +223,7 @@ def check_path(workdir: str | os.PathLike) -> pathlib.Path:
       f"--workdir={text} is a URL, and a run is written to a directory: mount the bucket (Cloud Storage FUSE, or a "
       "shared disk) and give the mounted path."
     )
-  path = pathlib.Path(os.path.expanduser(text)).absolute()  # The shell leaves --workdir=~/runs as it is.
+  path = pathlib.Path(os.path.expanduser(text)).absolute()  # The shell does not expand ~ in --workdir=~/runs.
   strange = sorted({character for character in str(path) if character in "[]*?\\" or not character.isprintable()})
   if strange:
     raise ValueError(
@@ -345,7 +345,7 @@ class Claim:
     self.token = ""
     if not holds:
       return
-    if workdir in _held:  # Closing any descriptor of a locked file would give the lock away.
+    if workdir in _held:  # Closing any descriptor of a locked file releases the lock.
       _held[workdir].close()
     self.token = secrets.token_hex(8)
     self._record = _me() | {"command": command[:1000], "token": self.token}
@@ -369,7 +369,7 @@ class Claim:
       raise ClaimLost(self._lost)
 
   def close(self) -> None:
-    """Gives the directory back."""
+    """Releases the directory."""
     self._over.set()
     if self._lock < 0:
       return
@@ -388,7 +388,7 @@ class Claim:
   def _renew(self, beat: int) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = json.dumps(self._record | {"beat": beat, "time": now})
-    # In place, and of one length: a full disk has room for it.
+    # It is written in place with a fixed length, so that a full disk has room for it.
     with open(os.open(self._path / "run.lease", os.O_WRONLY | os.O_CREAT, 0o644), "wb") as file:
       file.write(record.encode().ljust(8192))
       file.flush()
@@ -420,7 +420,7 @@ _held: dict[pathlib.Path, Claim] = {}  # Of this process.
 
 def _locked(workdir: pathlib.Path) -> int:
   """A descriptor of run.lock with the lock on it; without one where the filesystem has no locks."""
-  # A POSIX lock: forked children do not inherit it, and NFS has it for all machines.
+  # A POSIX lock, because forked children do not inherit it, and on NFS it holds for all machines.
   descriptor = os.open(workdir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
   try:
     fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -433,7 +433,7 @@ def _locked(workdir: pathlib.Path) -> int:
 
 
 def _watch_former(workdir: pathlib.Path) -> None:
-  """Returns when the lease that a former run left is known to be dead.
+  """Returns when the holder of a former run's lease is known to be dead.
 
   Raises:
     ValueError: if its holder is alive.
@@ -447,7 +447,7 @@ def _watch_former(workdir: pathlib.Path) -> None:
     if started is not None and started == former.get("started"):
       raise _in_use(workdir, former)
     return
-  # Another machine's, or another container's: locks may not reach there, so it is watched for a sign of life.
+  # Its holder is on another machine or in another container, where locks may not reach. So the lease is watched.
   print(
     f"{workdir} was held by {_describe(former)}: watching for {_LEASE_SECONDS:g} s whether it is alive.", flush=True
   )
@@ -504,7 +504,7 @@ def _read_lease(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _seen(workdir: pathlib.Path, token: str) -> str | None:
-  """The token that another process than the first sees in the directory, which storage may show some seconds late."""
+  """The token in the directory, as a process other than the first sees it. Storage may show it some seconds late."""
   deadline = time.monotonic() + _LEASE_SECONDS
   while True:
     holder = _read_lease(workdir) or {}
