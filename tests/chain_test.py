@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from rredcot_jax.data import chain, encoding
+from rredcot_jax.data import chain
+from rredcot_jax.data.encoding import Codec
+from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.train import initial
 
 
 def test_the_docstrings_example():
@@ -84,12 +87,12 @@ def test_reward_reads_the_last_answer_alone():
 
 
 def test_tokenizer_is_one_token_a_character():
-  tokenizer = chain.Chain(split="eval").tokenizer
+  tokenizer = load_tokenizer(initial.locate("chain"))
   example = chain.make_example(3, ["+4", "*7"])
-  ids = encoding.prompt_ids(tokenizer, example)
-  assert len(ids) == 6 and encoding.decode(tokenizer, ids) == "3+4*7<think>"
-  assert [encoding.decode(tokenizer, step) for step in encoding.solution_ids(tokenizer, example)] == list(example.steps)
-  assert [len(step) for step in encoding.solution_ids(tokenizer, example)] == [6, 6]
+  ids = Codec(tokenizer).prompt_ids(example)
+  assert len(ids) == 6 and Codec(tokenizer).decode(ids) == "3+4*7<think>"
+  assert [Codec(tokenizer).decode(step) for step in Codec(tokenizer).solution_ids(example)] == list(example.steps)
+  assert [len(step) for step in Codec(tokenizer).solution_ids(example)] == [6, 6]
 
 
 def test_bad_options_are_named():

@@ -12,8 +12,10 @@ import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rredcot_jax.data import batching, datasets, encoding, tasks, verifiers
+from rredcot_jax.data import batching, datasets, tasks, verifiers
+from rredcot_jax.data.encoding import Codec
 from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.train import initial
 
 DATA = pathlib.Path(__file__).parent / "data"
 DIVIDED = {"train_file": "test"}  # Divides a benchmark's file, so that it has a split to train on.
@@ -336,17 +338,17 @@ def test_an_instruction_follows_every_question_and_changes_nothing_else(sample):
 
 
 def test_the_chat_template_wraps_the_question_unless_told_not_to(sample, tmp_path):
-  tokenizer = load_tokenizer(datasets.TOKENIZER_DIR)
+  tokenizer = load_tokenizer(initial.locate("gsm_symbolic"))
   tokenizer.chat_template = "{{ 'Asked: ' + messages[0]['content'] + ' Reply: ' }}"
   tokenizer.save_pretrained(tmp_path)
   texts = {}
   for chat in (True, False):
-    task = sample("gsm8k", tokenizer_dir=tmp_path, chat=chat)
-    texts[chat] = encoding.decode(task.tokenizer, encoding.prompt_ids(task.tokenizer, task[0]))
+    codec = Codec(load_tokenizer(tmp_path), chat=chat)
+    texts[chat] = codec.decode(codec.prompt_ids(sample("gsm8k")[0]))
   question = sample("gsm8k")[0].question
   assert texts == {True: f"Asked: {question} Reply: <think>", False: f"{question}<think>"}
-  default = sample("gsm8k", tokenizer_dir=tmp_path)
-  assert encoding.decode(default.tokenizer, encoding.prompt_ids(default.tokenizer, default[0])) == texts[True]
+  default = Codec(load_tokenizer(tmp_path))
+  assert default.decode(default.prompt_ids(sample("gsm8k")[0])) == texts[True]
 
 
 # ---- Files -------------------------------------------------------------------------------
@@ -417,10 +419,11 @@ def test_hostile_questions_come_through_unchanged(corpus):
   task = corpus("amc23", rows)()
   assert [example.question for example in task] == list(HOSTILE_QUESTIONS.values())
   markers = task[0]
-  ids = encoding.prompt_ids(task.tokenizer, markers)
-  open_, close = (task.tokenizer.get_vocab().get(m) for m in ("<think>", "</think>"))
+  codec = Codec(load_tokenizer(initial.locate("gsm_symbolic")))
+  ids = codec.prompt_ids(markers)
+  open_, close = (codec.tokenizer.get_vocab().get(m) for m in ("<think>", "</think>"))
   assert None not in (open_, close)
-  assert ids.count(open_) == 1 and ids[-1] == open_ and close not in ids and task.tokenizer.eos_token_id not in ids
+  assert ids.count(open_) == 1 and ids[-1] == open_ and close not in ids and codec.eos_id not in ids
 
 
 # ---- The cache ---------------------------------------------------------------------------
@@ -490,7 +493,7 @@ def test_a_process_killed_half_way_leaves_no_half_cache(tmp_path, corpus):
   make = corpus("amc23", [question(i) for i in range(5)])
   script = f"""
 import os
-from rredcot_jax.tasks import datasets
+from rredcot_jax.data import datasets
 parse = datasets._parse
 datasets._parse = lambda schema, row, match: os._exit(9) if row.where == "line 4" else parse(schema, row, match)
 datasets.Dataset("amc23", split="eval", data_dir={str(tmp_path)!r})
@@ -536,3 +539,85 @@ def test_a_restored_loader_goes_on(numbers):
 def test_a_batch_must_fit_the_task(numbers):
   with pytest.raises(ValueError, match="yields 20 prompts and a step needs 40"):
     batching.prompt_iterator(numbers, 40, 0)
+
+
+# ---- Files that are incomplete or large -------------------------------------------------------
+
+
+def write_shards(directory, names):
+  (directory / "gsm8k").mkdir(exist_ok=True)
+  for name in names:
+    (directory / "gsm8k" / name).write_text("{}\n")
+
+
+@pytest.mark.parametrize(
+  ("names", "message"),
+  [
+    (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], r"lacks 1 of its 3 shards: -00001-of-00003"),
+    (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"], r"several numberings: -of-00001 and -of-00002"),
+    (["train-00000-of-00001.jsonl", "train-1.jsonl"], r"several numberings: -of-00001 and another numbering"),
+  ],
+)
+def test_shards_that_are_no_whole_split_are_refused_by_name(tmp_path, names, message):
+  write_shards(tmp_path, names)
+  with pytest.raises(ValueError, match=message):
+    datasets.source_files(tmp_path, "gsm8k", "train")
+
+
+def test_all_shards_come_in_order(tmp_path):
+  names = [f"train-{i:05d}-of-00003.jsonl" for i in (2, 0, 1)]
+  write_shards(tmp_path, names)
+  assert [path.name for path in datasets.source_files(tmp_path, "gsm8k", "train")] == sorted(names)
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(datasets, "_MOST_ROW_BYTES", 100)
+  path = tmp_path / "train.jsonl"
+  path.write_text('{"a": 1}\n{"a": "' + "x" * 200 + '"}\n')
+  with pytest.raises(ValueError, match=r"line 2: the row has more than 100 bytes"):
+    list(datasets._jsonl_rows(path))
+
+
+def test_large_parquet_rows_are_held_a_few_at_a_time(tmp_path, monkeypatch):
+  import pyarrow
+  import pyarrow.parquet
+
+  path = tmp_path / "train.parquet"
+  rows = [{"question": str(i) + "x" * 10_000, "other": "y"} for i in range(64)]
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="none", use_dictionary=False)
+  monkeypatch.setattr(datasets, "_BATCH_BYTES", 50_000)
+  with pyarrow.parquet.ParquetFile(path) as file:
+    assert datasets._batch_rows(path, file.metadata, ["question"]) in (4, 5)
+    assert datasets._batch_rows(path, file.metadata, ["other"]) == 1024
+  assert [row.fields["question"] for row in datasets._parquet_rows(path, ["question"])] == [r["question"] for r in rows]
+  monkeypatch.setattr(datasets, "_MOST_GROUP_BYTES", 1000)
+  with pytest.raises(ValueError, match="row group 0 unpacks to"):
+    list(datasets._parquet_rows(path, ["question"]))
+
+
+def test_a_corpus_larger_than_tfds_buffer_is_prepared_without_tensorflow(tmp_path, monkeypatch):
+  from tensorflow_datasets.core import shuffle
+
+  monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 100)
+  (tmp_path / "mine").mkdir()
+  rows = [{"q": f"{i} plus 0?", "s": f"It is {i}.", "a": str(i)} for i in range(40)]
+  for split in ("train", "test"):
+    (tmp_path / "mine" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  fields = {"question": "q", "solution": "s", "answer": "a"}
+  task = datasets.Dataset("mine", split="eval", data_dir=tmp_path, fields=fields, matcher="exact")
+  assert len(task) == 40 and task[7].answer == "7"
+  assert shuffle.MAX_MEM_BUFFER_SIZE == 100
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"question": "q", "solution": "s"}, "neither 'answer' nor 'derive'"),
+    ({"question": "q", "answer": "a"}, "has no 'solution'"),
+    ({"question": "q", "solution": "s", "answr": "a"}, "did you mean 'answer'"),
+    ({"question": "q", "solution": "s", "derive": "box"}, "did you mean 'boxed'"),
+  ],
+)
+def test_field_names_that_make_no_schema_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    datasets.Schema.of_fields(fields)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from rredcot_jax.data import encoding, reasoning_gym, tasks
+from rredcot_jax.data.encoding import Codec
 from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.train import initial
 
 GSM = "reasoning_gym/gsm_symbolic"
 SPECIAL_TEXT = "<think></think><pad><eos></think"
@@ -26,8 +28,8 @@ def train() -> tasks.Task:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(train) -> transformers.PreTrainedTokenizerFast:
-  return train.tokenizer
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+  return load_tokenizer(initial.locate("gsm_symbolic"))
 
 
 def test_golden_example(train):
@@ -68,7 +70,7 @@ def test_examples_depend_on_seed_split_and_index_alone(train):
 
 
 def test_questions_do_not_change_with_the_hash_seed(train):
-  script = f"from rredcot_jax import tasks; print(tasks.make_task({GSM!r}, split='train', size=9)[8].question)"
+  script = f"from rredcot_jax.data import tasks; print(tasks.make_task({GSM!r}, split='train', size=9)[8].question)"
   root = pathlib.Path(__file__).parent.parent
   environment = {**os.environ, "PYTHONHASHSEED": "123"}
   printed = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, check=True)
@@ -230,7 +232,7 @@ def test_empty_task_is_refused(monkeypatch):
 
 
 def test_tokenizer_loads_offline_in_both_ways(tokenizer):
-  automatic = transformers.AutoTokenizer.from_pretrained(str(reasoning_gym.TOKENIZER_DIR), local_files_only=True)
+  automatic = transformers.AutoTokenizer.from_pretrained(str(initial.locate("gsm_symbolic")), local_files_only=True)
   assert automatic.get_vocab() == tokenizer.get_vocab()
   assert len(tokenizer) == 1024
   assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<eos>", "<think>", "</think>"]
@@ -247,16 +249,14 @@ def test_missing_tokenizer_file_is_named(tmp_path):
 
 def test_layout_of_a_trace(train, tokenizer):
   example = train[0]
-  assert encoding.exit_ids(tokenizer) == [3]
-  assert encoding.prompt_ids(tokenizer, example)[-1] == 2
-  assert encoding.decode(tokenizer, encoding.prompt_ids(tokenizer, example)) == example.question + "<think>"
-  steps = encoding.solution_ids(tokenizer, example)
-  assert tuple(encoding.decode(tokenizer, ids) for ids in steps) == example.steps
-  assert encoding.answer_ids(tokenizer, example)[-1] == 1
-  trace = (
-    [token for step in steps for token in step] + encoding.exit_ids(tokenizer) + encoding.answer_ids(tokenizer, example)
-  )
-  assert train.reward(example, encoding.decode(tokenizer, trace[:-1])) == 1.0
+  assert Codec(tokenizer).exit_ids == [3]
+  assert Codec(tokenizer).prompt_ids(example)[-1] == 2
+  assert Codec(tokenizer).decode(Codec(tokenizer).prompt_ids(example)) == example.question + "<think>"
+  steps = Codec(tokenizer).solution_ids(example)
+  assert tuple(Codec(tokenizer).decode(ids) for ids in steps) == example.steps
+  assert Codec(tokenizer).answer_ids(example)[-1] == 1
+  trace = [token for step in steps for token in step] + Codec(tokenizer).exit_ids + Codec(tokenizer).answer_ids(example)
+  assert train.reward(example, Codec(tokenizer).decode(trace[:-1])) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -282,10 +282,10 @@ def test_any_text_round_trips(tokenizer, text):
 
 def assert_round_trip(tokenizer, text):
   example = tasks.Example(question=text, steps=(text,), answer=text)
-  ids = encoding.prompt_ids(tokenizer, example)[:-1]
-  assert encoding.decode(tokenizer, ids) == text
-  assert encoding.solution_ids(tokenizer, example) == [ids]
-  assert encoding.answer_ids(tokenizer, example)[:-1] == ids
+  ids = Codec(tokenizer).prompt_ids(example)[:-1]
+  assert Codec(tokenizer).decode(ids) == text
+  assert Codec(tokenizer).solution_ids(example) == [ids]
+  assert Codec(tokenizer).answer_ids(example)[:-1] == ids
   assert not set(ids) & set(tokenizer.all_special_ids)
 
 
@@ -293,8 +293,8 @@ def test_special_tokens_in_a_question_stay_text(tokenizer):
   ids = tokenizer.encode(SPECIAL_TEXT)
   assert {0, 1, 2, 3} < set(ids)  # What a plain `encode` would let a question do.
   example = tasks.Example(question=SPECIAL_TEXT, steps=(), answer="")
-  assert encoding.prompt_ids(tokenizer, example).count(2) == 1
-  assert not {0, 1, 3} & set(encoding.prompt_ids(tokenizer, example))
+  assert Codec(tokenizer).prompt_ids(example).count(2) == 1
+  assert not {0, 1, 3} & set(Codec(tokenizer).prompt_ids(example))
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -311,18 +311,18 @@ def test_markers_that_a_tokenizer_does_not_call_special_stay_text_too():
   marker = ordinary.convert_tokens_to_ids(encoding.THINK_CLOSE)
   assert marker in ordinary.encode(SPECIAL_TEXT, split_special_tokens=True)
   example = tasks.Example(question=SPECIAL_TEXT, steps=(SPECIAL_TEXT,), answer=SPECIAL_TEXT)
-  assert encoding.exit_ids(ordinary) == [marker]
-  assert marker not in encoding.prompt_ids(ordinary, example) + encoding.answer_ids(ordinary, example)
-  assert encoding.decode(ordinary, encoding.solution_ids(ordinary, example)[0]) == SPECIAL_TEXT
+  assert Codec(ordinary).exit_ids == [marker]
+  assert marker not in Codec(ordinary).prompt_ids(example) + Codec(ordinary).answer_ids(example)
+  assert Codec(ordinary).decode(Codec(ordinary).solution_ids(example)[0]) == SPECIAL_TEXT
 
 
 def test_markers_that_a_vocabulary_lacks_are_spelled_out():
   spelled = byte_tokenizer()
-  assert encoding.decode(spelled, encoding.exit_ids(spelled)) == "</think>"
+  assert Codec(spelled).decode(Codec(spelled).exit_ids) == "</think>"
 
 
 def test_token_texts_cover_the_vocabulary(tokenizer):
-  texts = encoding.token_texts(tokenizer)
+  texts = Codec(tokenizer).token_texts()
   assert len(texts) == len(tokenizer)
   assert texts[:4] == ["<pad>", "<eos>", "<think>", "</think>"]
   assert [text for text in texts if "\n" in text] == ["\n"]
@@ -332,8 +332,8 @@ def test_token_texts_cover_the_vocabulary(tokenizer):
 
 
 def test_decode_leaves_out_what_is_no_token(tokenizer):
-  assert encoding.decode(tokenizer, [3, -1, 1024, 2**70, 3]) == "</think></think>"
-  assert encoding.decode(tokenizer, tokenizer.encode("é")[:1]) == "\ufffd"
+  assert Codec(tokenizer).decode([3, -1, 1024, 2**70, 3]) == "</think></think>"
+  assert Codec(tokenizer).decode(tokenizer.encode("é")[:1]) == "\ufffd"
 
 
 def test_templates_choose_what_is_asked():

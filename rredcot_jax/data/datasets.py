@@ -39,6 +39,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
+from tensorflow_datasets.core import shuffle as tfds_shuffle
 
 from rredcot_jax.data import verifiers
 from rredcot_jax.data.encoding import THINK_CLOSE
@@ -51,6 +52,9 @@ SPLITS = ("train", "eval")
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations, as in `48/2 = <<48/2=24>>24`.
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _FORMATS = (".jsonl", ".parquet")
+_MOST_ROW_BYTES = 64 * 2**20  # Of a line of JSONL.
+_MOST_GROUP_BYTES = 4 * 2**30  # Of a row group of Parquet, unpacked.
+_BATCH_BYTES = 32 * 2**20  # Of Parquet rows held at once.
 _DERIVED = ("####", "boxed")  # Where the answer of a row without an answer field stands in its solution.
 
 
@@ -288,7 +292,9 @@ def _rows(paths: Sequence[str], columns: Collection[str]) -> Iterator[_Row]:
 
 def _jsonl_rows(path: pathlib.Path) -> Iterator[_Row]:
   with path.open("rb") as file:
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(lambda: file.readline(_MOST_ROW_BYTES + 1), b""), 1):
+      if len(line) > _MOST_ROW_BYTES:
+        raise ValueError(f"{path}, line {number}: the row has more than {_MOST_ROW_BYTES} bytes.")
       if not line.strip():
         continue
       try:
@@ -313,12 +319,33 @@ def _parquet_rows(path: pathlib.Path, columns: Collection[str]) -> Iterator[_Row
     with pyarrow.parquet.ParquetFile(path) as file:
       names = file.schema_arrow.names
       number = 0
-      for batch in file.iter_batches(batch_size=1024, columns=[name for name in names if name in columns]):
+      chosen = [name for name in names if name in columns]
+      for batch in file.iter_batches(batch_size=_batch_rows(path, file.metadata, chosen), columns=chosen):
         for fields in batch.to_pylist():
           number += 1
           yield _Row(path, f"row {number}", fields, names)
   except (pyarrow.ArrowException, OSError) as error:  # A damaged page is an OSError.
     raise ValueError(f"{path}: this is no Parquet file that can be read: {error}") from error
+
+
+def _batch_rows(path: pathlib.Path, metadata: Any, columns: Collection[str]) -> int:
+  """How many rows of a Parquet file to hold at once, so that they take about `_BATCH_BYTES`.
+
+  Raises:
+    ValueError: if one row group is larger than `_MOST_GROUP_BYTES`, because it is unpacked as a whole.
+  """
+  total = 0
+  for index in range(metadata.num_row_groups):
+    group = metadata.row_group(index)
+    parts = (group.column(i) for i in range(group.num_columns))
+    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns)
+    if size > _MOST_GROUP_BYTES:
+      raise ValueError(
+        f"{path}: row group {index} unpacks to {size} bytes and the most is {_MOST_GROUP_BYTES}: write the file with "
+        "smaller row groups."
+      )
+    total += size
+  return max(1, min(1024, _BATCH_BYTES * metadata.num_rows // max(total, 1)))
 
 
 def _parse(schema: Schema, row: _Row, match: Callable[[str, str], float]) -> dict[str, str]:
@@ -439,7 +466,21 @@ def source_files(data_dir: str | pathlib.Path, dataset: str, file_split: str) ->
       f"The corpus {dataset!r} has its split {file_split!r} more than once in {directory}: "
       f"{', '.join(match[0] for match in found)}. Keep one form."
     )
+  _check_shards(f"The corpus {dataset!r}, split {file_split!r} in {directory},", [match["shard"] for match in found])
   return tuple(directory / match[0] for match in found)
+
+
+def _check_shards(what: str, shards: Sequence[str | None]) -> None:
+  """Refuses numbered shards of which one is missing, or that are counted in two ways."""
+  numbered = [match for match in (re.fullmatch(r"-(\d+)-of-(\d+)", shard or "") for shard in shards) if match]
+  totals = sorted({int(match[2]) for match in numbered})
+  if len(totals) > 1 or (numbered and len(numbered) < len(shards)):
+    kinds = [f"-of-{total:05d}" for total in totals] + (["another numbering"] if len(numbered) < len(shards) else [])
+    raise ValueError(f"{what} has shards of several numberings: {' and '.join(kinds)}. Keep one set of files.")
+  missing = sorted(set(range(totals[0])) - {int(match[1]) for match in numbered}) if totals else []
+  if missing:
+    shown = ", ".join(f"-{index:05d}-of-{totals[0]:05d}" for index in missing[:5])
+    raise ValueError(f"{what} lacks {len(missing)} of its {totals[0]} shards: {shown}. Complete the download.")
 
 
 # ---- The builder -------------------------------------------------------------------------
@@ -556,7 +597,7 @@ def prepare(
   config.name = f"{dataset}-{split}-{_fingerprint(config)}"
   cache = pathlib.Path(data_dir) / ".tfds" if cache_dir is None else pathlib.Path(cache_dir)
 
-  with _quiet_tfds():
+  with _quiet_tfds(), _without_spilling():
     builder = Corpus(data_dir=cache, config=config)
     if not builder.data_path.exists():
       try:
@@ -586,6 +627,21 @@ def _fingerprint(config: CorpusConfig) -> str:
         contents = hashlib.file_digest(file, "blake2b").hexdigest()
       digest.update(repr((role, os.path.basename(path), contents)).encode())
   return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _without_spilling() -> Iterator[None]:
+  """Lets TFDS hold a whole split in memory while its cache is written.
+
+  Beyond 1,000 MB it would write pieces to disk with TensorFlow, which is not installed. So preparing a corpus takes
+  about as much memory as its text; reading it takes none.
+  """
+  former = tfds_shuffle.MAX_MEM_BUFFER_SIZE
+  tfds_shuffle.MAX_MEM_BUFFER_SIZE = 2**62
+  try:
+    yield
+  finally:
+    tfds_shuffle.MAX_MEM_BUFFER_SIZE = former
 
 
 @contextlib.contextmanager
