@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from rredcot_jax.cost import flops
@@ -34,14 +34,12 @@ from rredcot_jax.train import launch, validation
 from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The study.", lock_config=True)
-
 # Independent streams of one seed: the truth must not share samples with what it judges.
 _TRACES, _TRUTH, _ESTIMATES, _GRADIENTS = range(4)
 
 
 def main(_: Any) -> None:
-  config, workdir, command = CONFIG.value, pathlib.Path(launch.WORKDIR.value), launch.command()
+  config, workdir, command = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), launch.command()
   validate(config)
   workdir_lib.claim(workdir, config, command, resume=True)
   print(json.dumps(run(config, workdir, command)))

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from rredcot_jax.parallel import processes
@@ -39,13 +39,12 @@ from rredcot_jax.report import files, statistics
 from rredcot_jax.train import differences, evaluation, launch, validation
 from rredcot_jax.train.experiment import Experiment
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 SAMPLES = flags.DEFINE_integer("samples", 16, "Traces a prompt.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "The JSON file to write.")
 
 
 def main(_: Any) -> None:
-  config, workdir = CONFIG.value, launch.WORKDIR.value
+  config, workdir = launch.CONFIG.value, launch.WORKDIR.value
   validation.validate(config)
   launch.join_processes(config)
   figures = run(config, workdir and pathlib.Path(workdir), samples=SAMPLES.value, output=pathlib.Path(OUTPUT.value))

@@ -12,20 +12,18 @@ import sys
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from rredcot_jax.parallel import processes
 from rredcot_jax.report import page
 from rredcot_jax.train import launch, loop, validation
 from rredcot_jax.train import workdir as workdir_lib
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 RESUME = flags.DEFINE_bool("resume", True, "Resume the run that the work directory holds.")
 STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Exit status of a run that was told to stop, and saved.")
 
 
 def main(_: Any) -> None:
-  config, command = CONFIG.value, launch.command()
+  config, command = launch.CONFIG.value, launch.command()
   workdir = workdir_lib.check_path(launch.WORKDIR.value)
   launch.join_processes(config, workdir, lambda: validation.validate(config))
   with processes.StopNotice() as notice, processes.stops_with_the_others(command):

@@ -20,23 +20,21 @@ import shutil
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from rredcot_jax.data import batching
 from rredcot_jax.model import export
 from rredcot_jax.parallel import sharding
-from rredcot_jax.train import checkpoint, evaluation, initial, train_step
+from rredcot_jax.train import checkpoint, evaluation, initial, launch, train_step
 from rredcot_jax.train.experiment import Experiment
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 OUTPUT = flags.DEFINE_string("output", None, "The safetensors file or directory to write.")
 
 _CHECKPOINT_EVERY = 10
 
 
 def main(_) -> None:
-  config, output = CONFIG.value, pathlib.Path(OUTPUT.value)
+  config, output = launch.CONFIG.value, pathlib.Path(OUTPUT.value)
   figures_path = output.with_name(output.name + ".json")
   if output.exists() and figures_path.exists():
     print(figures_path.read_text(encoding="utf-8"))

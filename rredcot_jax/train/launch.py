@@ -8,11 +8,12 @@ from collections.abc import Callable
 from types import ModuleType
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from rredcot_jax.parallel import processes
 from rredcot_jax.train import workdir as workdir_lib
 
+CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the run.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the other processes of this run by itself, on a TPU pod.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where they are not found.")
