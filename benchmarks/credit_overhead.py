@@ -3,17 +3,19 @@
     python benchmarks/credit_overhead.py
     python benchmarks/credit_overhead.py --chain_steps 64 --banks answer --repetitions 5
 
-Claims with the `answer` bank: at most 1.10 on the demo's traces of 51 tokens, whose ten
-states cost three tokens each; at most 1.05 on traces of 64 lines in 16 segments (392
+Targets with the `answer` bank: at most 1.10 on the demo's traces of 51 tokens, whose ten
+states cost three tokens each, and at most 1.05 on traces of 64 lines in 16 segments (392
 tokens). The same small policy writes those long traces. It was never trained on that many
-lines, so its end-of-sequence token is ignored and every trace fills its room. In one process, from the same
-parameters, with the same key and so the same rollouts, each repetition times a
-whole GRPO step (sample, verify, group advantage, update) and then the same with
-each bank's credit in it (segment, bank, score, values, redistribution); the
-figure is the median over repetitions of the ratio within one. Beside it the
-ratio of token-forwards that explains it: a GRPO step runs every prompt and
-trace token once to sample and three times (forward, and backward as two) to
-update; a bank adds its branch tokens once.
+lines, so its end-of-sequence token is ignored and every trace fills its room.
+
+Everything runs in one process, from the same parameters, with the same key and so the same
+rollouts. Each repetition times a whole GRPO step (sample, verify, group advantage, update),
+and then the same step with each bank's credit in it (segment, bank, score, values,
+redistribution). The figure is the median over repetitions of the ratio within one.
+
+The ratio of token-forwards beside it explains it. A GRPO step runs every prompt and trace
+token once to sample and three times to update (a backward pass counts as two). A bank adds
+its branch tokens once.
 
 The last line is {"overhead": {bank: ratio}, "token_forwards": {bank: ratio}, "trace_tokens": mean, "machine": ..}.
 """
@@ -58,7 +60,7 @@ class Step:
   def __init__(self, config: Any, *, endless: bool):
     self.config, self.experiment = config, Experiment(config)
     experiment = self.experiment
-    # Traces that fill their room: no token ends them.
+    # No token ends a trace, so that every trace fills its room.
     codec = dataclasses.replace(experiment.codec, end_ids=(-1,)) if endless else experiment.codec
     self.rollouts = train_step.compile_rollouts(
       experiment.model, experiment.mesh, experiment.rollout_mesh, codec,
@@ -113,7 +115,7 @@ def main() -> None:
     forwards[bank] = round(1 + counts["branches"] / counts["step"], 3)
   ratios: dict[str, list[float]] = {bank: [] for bank in ours}
   for repetition in range(repetitions):
-    # A GRPO step on either side of each credited one, so that a drift of the machine's speed cancels.
+    # A GRPO step before and after each credited step, so that a drift of the machine's speed cancels.
     before, _ = baseline.run(repetition)
     for bank, step in ours.items():
       seconds, _ = step.run(repetition)
