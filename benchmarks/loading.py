@@ -2,10 +2,10 @@
 
     python benchmarks/loading.py
 
-Writes a random 1 GB checkpoint in shards of 100 MB, then loads it in a process
-of its own and reads the peak of that process's anonymous memory (mapped shards
-are the page cache's). On CPU the parameters are host memory, so they are taken
-off, as is what the process held before. Ends with one JSON object.
+It writes a random 1 GB checkpoint in shards of 100 MB, and loads it in a process of its
+own. It reads the peak of that process's anonymous memory, because mapped shards belong to
+the page cache. On CPU the parameters are in host memory, so they are subtracted, and so is
+the memory that the process held before. The last line is one JSON object.
 """
 
 import dataclasses
