@@ -3,23 +3,23 @@
     python benchmarks/monte_carlo.py
     python benchmarks/monte_carlo.py --width 64 --layers 2 --vocabulary 512 --tokens 128   # A look, in seconds.
 
-Both value the K = 16 states of one trace of T = 512 tokens whose keys and values are in
-the cache: Monte Carlo with k = 9 continuations a state (VinePPO's count), scoring with
-one completion of S = 16 tokens a state. Random weights of SmolLM2-135M's size, float32,
-end of sequence never taken, so that a continuation fills the room that its state leaves:
-the most that k = 9 can cost. A policy that ends its traces earlier pays less. The
-verifier is not run, and neither is the trace.
+Both value the K = 16 states of one trace of T = 512 tokens whose keys and values are in the
+cache. Monte Carlo takes k = 9 continuations a state (VinePPO's number), and scoring takes one
+completion of S = 16 tokens a state. The weights are random, of SmolLM2-135M's size, in
+float32. The end of sequence is never sampled, so a continuation fills the room that its
+state leaves. This is the most that k = 9 can cost. A policy that ends its traces earlier
+pays less. Neither the verifier nor the trace is run.
 
-Generation may be timed in part: `--timed_samples` of the k continuations a state. Every
-step of the loop costs the same, as its shapes are static, so the whole is the time of a
-step times the steps that k continuations take on the same slots, which are counted; the
-result is then labelled "extrapolated". By default 3 of 9 are timed: 512 steps of 48 slots,
-6.6 TFLOP in matrix products. At the 20 to 40 GFLOP/s that we assume of decoding on two
-CPU cores that is 3 to 6 minutes; all 9, 896 steps, take 5 to 10. The slots hold 1.1 GB of
-keys and values. Compiling is not timed. Scoring is timed `--repetitions` times before
-and after; the median is taken.
+Generation may be timed in part, for `--timed_samples` of the k continuations a state. Every
+step of the loop costs the same, because its shapes are static. The whole is then the time of
+a step times the number of steps that k continuations take on the same slots, which is
+counted. The result is labelled "extrapolated". By default 3 of 9 are timed, which is 512 steps of 48
+slots and 6.6 TFLOP in matrix products. We assume 20 to 40 GFLOP/s for decoding on two CPU
+cores. Then this takes 3 to 6 minutes, and all 9 (896 steps) take 5 to 10. The slots hold 1.1 GB
+of keys and values. Compiling is not timed. Scoring is timed `--repetitions` times before and
+after, and the median is taken.
 
-Beside it a table of the same ratio of token-forwards up to T = 4096, by counting alone:
+A table has the same ratio of token-forwards up to T = 4096, by counting alone:
 
     scoring       sum over states of N S
     Monte Carlo   sum over states of k (T - start)
@@ -136,7 +136,7 @@ def main() -> None:
     lambda params, cache: scoring.score_with_cache(params, config, cache, rollout, segments, bank, temperature=1.0)
   )
   score = lambda: scores(params, cache)
-  # Compiles both: without states the generation's loop ends before it begins.
+  # Compiles both. Without states the loop of generation ends before it begins.
   jax.block_until_ready((score(), generate(dataclasses.replace(segments, num_segments=jnp.array([0])))))
 
   times = [seconds(score) for _ in range(args.repetitions)]
