@@ -2,15 +2,14 @@
 
     python benchmarks/scoring.py
 
-Claim: at least 4 times faster at T = 512, K = 16 states, N = 1 completion of
-S = 16 tokens. The peer runs every prefix with its completion again, padded to
-T + S (what a static-shape program does), and computes logits for the
-completion's places alone, as ours does. Ours includes running the trace once;
-inside a training step the sampler has done that already. Random weights: 6
-layers, width 256, 7 M parameters, vocabulary 4096. A stronger peer stands
-beside: every prefix at its exact length, one compiled program a length,
-compiling not counted. All are timed in turn in one process; the figures are
-median ratios.
+Target: at least 4 times faster at T = 512, K = 16 states, N = 1 completion of S = 16
+tokens. The peer runs every prefix with its completion again, padded to T + S, as a
+program with static shapes does. Like ours, it computes logits for the completion's places
+alone. Ours includes running the trace once, which the sampler has already done inside a
+training step. The weights are random: 6 layers, width 256, 7 M parameters, vocabulary
+4096. A second, stronger peer runs every prefix at its exact length, with one compiled
+program a length whose compilation is not counted. All are timed in turn in one process.
+Figures are median ratios.
 
 The last line is {"speedup": {T: ratio}, "max_abs_error": difference of log-probabilities,
 "speedup_over_unpadded": {T: ratio}, "machine": ..}; the error is the largest against either
