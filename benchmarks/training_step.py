@@ -2,11 +2,11 @@
 
     make peers && .venv/bin/python benchmarks/training_step.py
 
-Forward, backward, clipping by global norm and an AdamW update on 4 x 512 tokens
-in float32, cross-entropy over all but the first 8. Both start from random
-weights of the same size. PyTorch runs transformers' model with SDPA attention
-and the fused AdamW. The two take turns; the ratio is of their medians. Ends
-with one JSON object.
+The step is forward, backward, clipping by global norm and an AdamW update on 4 x 512
+tokens in float32. The loss is the cross-entropy over all but the first 8 tokens. Both
+sides start from random weights of the same size. PyTorch runs transformers' model with
+SDPA attention and the fused AdamW. They take turns, and the ratio is of their medians. The
+last line is one JSON object.
 """
 
 import functools
