@@ -2,12 +2,12 @@
 
     make peers && .venv/bin/python benchmarks/verifiers.py
 
-Reads pairs (answer, gold) from tests/data/verifiers/pairs.jsonl. An adversarial answer
-should be refused: the question handed back, a near miss, two answers at once, another
-unit. An honest answer should be paid: the gold answer in another spelling. Counts
-false positives (adversarial and paid) and false negatives (honest and refused) by
-category. math-verify parses both texts between dollar signs, with its defaults. Ends
-with one JSON object.
+It reads pairs (answer, gold) from tests/data/verifiers/pairs.jsonl. An adversarial answer
+should be refused: the question as its own answer, a near miss, two answers at once, another
+unit. An honest answer should be accepted: the gold answer in another spelling. It counts by
+category the false positives (adversarial and accepted) and the false negatives (honest and
+refused). math-verify parses both texts between dollar signs, with its defaults. The last
+line is one JSON object.
 """
 
 import dataclasses
