@@ -3,14 +3,15 @@
     python experiments/compare.py --workdir runs/comparison --seeds 1,2,3,4,5
     python experiments/train.py --config configs/chain_comparison.py:method=value_head --workdir runs/value_head
 
-A run is 60 steps of 16 rollouts: about a minute on 2 idle cores, with Monte Carlo several.
-Expected from a start at 46%: GRPO about 83%, RREDCoT's difference about 89%, Monte Carlo's the same
-(docs/results.md has all of them over five seeds).
+A run is 60 steps of 16 rollouts. It takes about a minute on 2 idle cores, and several minutes with
+Monte Carlo. Expected from a start at 46%: GRPO about 83%, RREDCoT's difference about 89%, Monte
+Carlo's difference about the same (docs/results.md has all methods over five seeds).
 
 All methods share the start, the rollouts a step, the loss and the schedule. Methods whose credit
-reads no group take 8 prompts of 2 rollouts a step instead of 2 of 8. Rates: GRPO's and RREDCoT's
-are those of configs/demo.py, where they were tried; methods that scale the group's advantage
-take GRPO's, methods that credit segments directly RREDCoT's. The others' were not tuned.
+reads no group take 8 prompts of 2 rollouts a step instead of 2 of 8. The learning rates of GRPO and
+RREDCoT are those of configs/demo.py, where they were tried. Methods that scale the group's
+advantage take GRPO's rate, and methods that credit segments directly take RREDCoT's. The rates of
+these other methods were not tuned.
 """
 
 from ml_collections import ConfigDict
@@ -43,7 +44,7 @@ METHODS = {
   "monte_carlo-difference": "method=monte_carlo,mode=difference",
 }
 
-# What is each method's own: (learning rate, rollouts a prompt, updates on each batch). Other combinations take GRPO's.
+# Of each method: (learning rate, rollouts a prompt, updates on each batch). Other combinations take GRPO's.
 SETTINGS = {
   "grpo": (2e-4, 8, 1),
   "rredcot-suffix-difference": (3e-4, 2, 1),
@@ -62,7 +63,7 @@ SETTINGS = {
   "monte_carlo-difference": (3e-4, 2, 1),
 }
 _ROLLOUTS = 16  # A step, of all prompts.
-# An evaluation costs as much as 30 steps: often only where the crossing has to be found to a few steps.
+# An evaluation costs as much as 30 steps. These are evaluated often, because their crossing is needed to a few steps.
 _EVALUATED_OFTEN = ("grpo", "rredcot-suffix-difference", "rredcot-suffix-action_value")
 
 # Tokens of the longest completion: </think> digit <eos>, and eight lines of six tokens before them.
@@ -74,9 +75,9 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   attention, attention_rollout, value_head), bank (suffix, answer, solution, rollouts), mode (difference, signed,
   magnitude, action_value).
 
-  reinforce credits every token with R, without a baseline: the control for methods whose credit is hardly ever
-  negative. The bank is RREDCoT's alone. action_value is difference without the state's own value as a baseline.
-  Modes that a source cannot give are refused when the run starts.
+  reinforce credits every token with R, without a baseline. It is the control for methods whose credit is hardly ever
+  negative. Only rredcot reads the bank. action_value is difference without the state's own value as a baseline.
+  Modes that a source does not support are refused when the run starts.
   """
   modes = ("difference", "signed", "magnitude", "action_value")
   options = options_of(arg, {"method": ("rredcot", "grpo", *OTHERS), "bank": BANKS, "mode": modes})
