@@ -1,10 +1,11 @@
-"""The credit study on `chain`: which estimator of a segment's credit is right, and at what price.
+"""The credit study on `chain`: which estimator of a segment's credit is right, and what it costs.
 
     python experiments/credit_study.py --config configs/chain_study.py --workdir runs/chain-study
 
-The policy is the shipped warm start (46% of sampled answers right). Ground truth: 512 rollouts
-of every distinct state of 4 traces of each of 24 groups of 8. About half an hour on 2 cores; interrupted, it goes on
-where it stopped. `:small` is the same study of a few traces in minutes, for a look at the page.
+The policy is the shipped warm start (46% of sampled answers right). Ground truth is 512 rollouts of
+every distinct state of 4 traces in each of 24 groups of 8. The study takes about half an hour on 2
+cores. The same command continues an interrupted study. `:small` is the same study of a few traces,
+which takes minutes and shows what the page looks like.
 """
 
 from ml_collections import ConfigDict
