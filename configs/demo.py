@@ -3,9 +3,9 @@
     python experiments/train.py --config configs/demo.py:rredcot --workdir runs/rredcot
     python experiments/train.py --config configs/demo.py:grpo --workdir runs/grpo
 
-Both start from the shipped warm start (about 46% of sampled answers right) and
-deal the same prompts in the same order. Takes about a minute a run on 2 cores.
-The warm start is made by
+Both start from the shipped warm start (about 46% of sampled answers right) and get the
+same prompts in the same order. A run takes about a minute on 2 cores. The warm start is
+made by
 
     python experiments/warm_start.py --config configs/demo.py \
         --output rredcot_jax/assets/chain/warm_start.safetensors
