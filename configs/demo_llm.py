@@ -7,10 +7,10 @@
     python experiments/train.py --config configs/demo_llm.py:rredcot --workdir runs/demo-llm/rredcot-0
     python experiments/train.py --config configs/demo_llm.py:grpo --workdir runs/demo-llm/grpo-0
 
-Four templates of gsm_symbolic with two short steps of small numbers each; questions held out by
-a hash of their text. The model as published answers none of them in the layout
-asked for, so the warm start imitates reference solutions until it is partly
-right. docs/results.md has the accuracies, with their intervals, and the time.
+The task is four templates of gsm_symbolic with two short steps of small numbers each. Questions are
+held out by a hash of their text. The model as published answers none of them in the required
+layout, so the warm start imitates reference solutions until it is partly right. docs/results.md
+has the accuracies with their intervals, and the time.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ TEMPLATES = (10, 16, 43, 72)
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
-  """Options: method (rredcot, grpo), bank (suffix, answer, solution, rollouts)."""
+  """Options: method (rredcot, grpo), bank (suffix, answer, solution, solutions, rollouts, own)."""
   banks = ("suffix", *(bank for bank in BANKS if bank != "suffix"))
   options = options_of(arg, {"method": ("rredcot", "grpo"), "bank": banks})
   config = default_config()
@@ -45,7 +45,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   if options["method"] == "rredcot":
     config.credit.mode = "difference"
     config.credit.bank = options["bank"]
-    # No solution that is imitated leaves the thought early: what the answer's bank scores is an answer after leaving.
+    # No imitated solution leaves the thought early, so the answer bank scores an answer as if the exit were written.
     config.credit.scored = "body" if options["bank"] == "answer" else "all"
     config.credit.max_completion_tokens = 12 if options["bank"] == "answer" else 50
   config.evaluation.every = 25
