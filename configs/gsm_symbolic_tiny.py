@@ -2,10 +2,10 @@
 
     python experiments/train.py --config configs/gsm_symbolic_tiny.py --workdir runs/gsm_symbolic_tiny
 
-A random 0.9 M-parameter model will not solve it: expect a reward of 0. What is
-shown is that the path holds: a byte-level BPE, prompts and solutions of varying
-length, truncated traces, groups that are all wrong, and the rollouts bank's
-fall-back. Takes about 2 minutes on 2 cores.
+A random model of 0.9 M parameters does not solve it, so expect a reward of 0. The run
+exercises a byte-level BPE, prompts and solutions of varying length, truncated traces,
+groups that are all wrong, and the rollouts bank's fallback. It takes about 2 minutes on 2
+cores.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from rredcot_jax.train.config import default_config, options_of
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
-  """Options: method (rredcot, grpo), bank (rollouts, answer, solution, suffix)."""
+  """Options: method (rredcot, grpo), bank (rollouts, answer, solution, solutions, suffix, own)."""
   banks = ("rollouts", *(bank for bank in BANKS if bank != "rollouts"))
   options = options_of(arg, {"method": ("rredcot", "grpo"), "bank": banks})
   config = default_config()
