@@ -5,25 +5,24 @@
     python experiments/evaluate.py --config configs/qwen3_4b_numina_math.py:eval=aime --samples 64 \
         --workdir runs/numina-rredcot --output runs/numina-rredcot/aime.json
 
-Wants the checkpoint in checkpoints/Qwen3-4B (Hugging Face's directory as it is)
-and the corpora in data/numina_math_cot and data/{math500,amc23,minerva,aime};
-README.md says how they are named there.
+It needs the checkpoint in checkpoints/Qwen3-4B (Hugging Face's directory unchanged) and the
+corpora in data/numina_math_cot and data/{math500,amc23,minerva,aime}. README.md says how
+they are named there.
 
-**Not run by us**: compiled for TPUs alone, see below. Expected scores are therefore the
-paper's (arXiv 2606.06475), second-hand, as readers' summaries quote them, none reproduced here:
+**Not run by us**, only compiled for TPUs, see below. The expected scores are the paper's
+(arXiv 2606.06475). They are second-hand, as readers' summaries quote them. None is reproduced here:
 
     pass@1 in %     AIME24   AIME25   AIME26   Minerva   MATH-500
     the model         69.2
     GRPO              85.0     60.0     44.2      91.5       80.4
     RREDCoT           90.8     58.3     47.5      93.5       82.3
 
-For the model itself see also the Qwen3 report (arXiv 2505.09388). What the summaries
-do not say is our choice: group, batch, k_max, learning rate, bank.
+For the model itself see also the Qwen3 report (arXiv 2505.09388). Group, batch, k_max, learning
+rate and bank are our choice, because the summaries do not give them.
 
-One temperature serves for training and evaluation. Qwen recommends 0.6 with top_p
-0.95 for thinking; a policy gradient wants 1.0, and so both are at 1.0 here. For
-figures to set beside Qwen's, evaluate with `--config.rollout.temperature=0.6
---config.rollout.top_p=0.95`.
+Training and evaluation have one temperature. Qwen recommends 0.6 with top_p 0.95 for thinking. A
+policy gradient needs 1.0, so both are at 1.0 here. For figures that are comparable with Qwen's,
+evaluate with `--config.rollout.temperature=0.6 --config.rollout.top_p=0.95`.
 
 Memory, by arithmetic (4,022,468,096 parameters, 16 rows of 1,024 + 25,000 tokens,
 fsdp = 16, so one row a chip; parameters and optimizer float32, the rest bfloat16):
@@ -33,9 +32,9 @@ fsdp = 16, so one row a chip; parameters and optimizer float32, the rest bfloat1
     keys and values                      147,456 bytes x 26,024 tokens x 16 rows   61.4 GB    3.8 GB a chip
 
 What XLA allocates for 16 chips of a v5p (`python tools/tpu_compile.py --config
-configs/qwen3_4b_numina_math.py --topology v5p:2x2x4`) is in docs/results.md: the
-largest of the three programs, the update, takes 36 GiB of a chip's 95, with every
-layer's activations but attention's computed again and logits for 2,048 tokens at a time.
+configs/qwen3_4b_numina_math.py --topology v5p:2x2x4`) is in docs/results.md. The update
+is the largest of the three programs and takes 36 GiB of a chip's 95. It computes again
+every layer's activations but attention's, and makes logits for 2,048 tokens at a time.
 For 64 chips of 16 GB (v5e:8x8): `--config.mesh.fsdp=16 --config.mesh.sequence=4
 --config.rollout_mesh.data=16 --config.rollout_mesh.tensor=4 --config.compute.remat=full
 --config.compute.log_prob_chunk=1024`.
@@ -60,8 +59,8 @@ _TASK_OPTIONS = {
 def get_config(arg: str = "rredcot") -> ConfigDict:
   """Builds the configuration.
 
-  Options: method (rredcot, grpo), bank (answer, solution, suffix, rollouts), eval
-  (math500, amc23, minerva, aime).
+  Options: method (rredcot, grpo), bank (answer, solution, solutions, suffix, rollouts, own),
+  eval (math500, amc23, minerva, aime).
   """
   options = options_of(arg, {"method": METHODS, "bank": BANKS, "eval": tuple(BENCHMARKS)})
   config = default_config()
@@ -83,8 +82,8 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
     config.credit.mode = "signed"
     config.credit.bank = options["bank"]
     if options["bank"] != "rollouts":
-      # After </think> the model would rather write a summary and a box: the likelihood of a bare reference is tiny, and
-      # the step from it to R would give a correct trace's credit to its last segment. A mean over tokens is not tiny.
+      # After </think> the model tends to write a summary and a box, so the likelihood of a bare reference is tiny. The
+      # step from it to R would give a correct trace's credit to its last segment. A mean over tokens is not tiny.
       config.credit.form = "length_normalised"
     config.credit.scored = "all" if options["bank"] == "rollouts" else "body"  # The log q of rollouts is of all tokens.
     config.credit.max_completion_tokens = 64 if options["bank"] == "answer" else 2048
