@@ -5,20 +5,19 @@
     python experiments/evaluate.py --config configs/r1_distill_1p5b_open_rs.py:eval=amc23 --samples 16 \
         --workdir runs/open-rs-rredcot --output runs/open-rs-rredcot/amc23.json
 
-For 8 chips of 80 GB. Wants the checkpoint in checkpoints/DeepSeek-R1-Distill-Qwen-1.5B
-(Hugging Face's directory as it is) and the corpora in data/open_rs and
-data/{math500,amc23,minerva,aime}; README.md says how they are named there.
+For 8 chips of 80 GB. It needs the checkpoint in checkpoints/DeepSeek-R1-Distill-Qwen-1.5B
+(Hugging Face's directory unchanged) and the corpora in data/open_rs and
+data/{math500,amc23,minerva,aime}. README.md says how they are named there.
 
-**Not run by us.** Expected scores are therefore the paper's (arXiv 2606.06475),
-second-hand, as readers' summaries quote them, not reproduced here: MATH-500 85.8 with
-RREDCoT and 84.8 with GRPO, AMC23 80.0 and 72.5. For the model itself DeepSeek's report
-(arXiv 2501.12948) has pass@1 28.9 on AIME 2024 and 83.9 on MATH-500, with 32,768
-tokens, temperature 0.6 and top_p 0.95: at the 1,024 tokens and temperature 1.0 of this
-configuration most traces are truncated, so expect far less before training, and do not
-read the paper's figures as this evaluation's. To check the model against the report:
-`--config.rollout.max_tokens=32768 --config.rollout.temperature=0.6
---config.rollout.top_p=0.95 --config.evaluation.rows=16`. What the summaries of the
-paper do not say is our choice: group, batch, segmentation, learning rate, bank.
+**Not run by us.** The expected scores are the paper's (arXiv 2606.06475). They are second-hand, as
+readers' summaries quote them, and not reproduced here: MATH-500 85.8 with RREDCoT and 84.8 with
+GRPO, AMC23 80.0 and 72.5. For the model itself DeepSeek's report (arXiv 2501.12948) has pass@1 28.9
+on AIME 2024 and 83.9 on MATH-500, with 32,768 tokens, temperature 0.6 and top_p 0.95. This
+configuration has 1,024 tokens and temperature 1.0, so most traces are truncated. Expect far less
+before training, and do not read the paper's figures as this evaluation's. To check the model
+against the report, use `--config.rollout.max_tokens=32768 --config.rollout.temperature=0.6
+--config.rollout.top_p=0.95 --config.evaluation.rows=16`. Group, batch, segmentation, learning rate
+and bank are our choice, because the summaries of the paper do not give them.
 
 Memory, by arithmetic (1,777,088,000 parameters, 64 rows of 1,024 + 1,024 tokens,
 fsdp = 8, so 8 rows a chip; parameters and optimizer float32, the rest bfloat16):
@@ -50,8 +49,8 @@ _TASK_OPTIONS = {
 def get_config(arg: str = "rredcot") -> ConfigDict:
   """Builds the configuration.
 
-  Options: method (rredcot, grpo), bank (answer, solution, suffix, rollouts), eval
-  (math500, amc23, minerva, aime).
+  Options: method (rredcot, grpo), bank (answer, solution, solutions, suffix, rollouts, own),
+  eval (math500, amc23, minerva, aime).
   """
   options = options_of(arg, {"method": METHODS, "bank": BANKS, "eval": tuple(BENCHMARKS)})
   config = default_config()
@@ -73,8 +72,8 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
     config.credit.mode = "signed"
     config.credit.bank = options["bank"]
     if options["bank"] != "rollouts":
-      # After </think> the model would rather write a summary and a box: the likelihood of a bare reference is tiny, and
-      # the step from it to R would give a correct trace's credit to its last segment. A mean over tokens is not tiny.
+      # After </think> the model tends to write a summary and a box, so the likelihood of a bare reference is tiny. The
+      # step from it to R would give a correct trace's credit to its last segment. A mean over tokens is not tiny.
       config.credit.form = "length_normalised"
     config.credit.scored = "all" if options["bank"] == "rollouts" else "body"  # The log q of rollouts is of all tokens.
     config.credit.max_completion_tokens = 64 if options["bank"] == "answer" else 1024
