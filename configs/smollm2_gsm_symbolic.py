@@ -8,10 +8,10 @@
     python experiments/evaluate.py --config configs/smollm2_gsm_symbolic.py --workdir runs/smollm2/rredcot \
         --samples 16 --output runs/smollm2/rredcot.json
 
-**Not run by us**: no figure is known, neither of the warm start nor after it, and
-the learning rates are guesses to be tuned for each method. All 100 templates,
-questions held out by a hash of their text; with the shipped tokenizer 1,500
-questions had at most 159 tokens and their solutions with answer at most 263.
+**Not run by us.** No figure is known, neither of the warm start nor after it. The learning
+rates are guesses, to be tuned for each method. The task has all 100 templates. Questions are
+held out by a hash of their text. With the shipped tokenizer 1,500 questions had at most 159
+tokens, and their solutions with answer at most 263.
 
 Memory, by arithmetic, everything float32 (134,515,008 parameters):
 
@@ -33,7 +33,7 @@ BANKS = ("suffix", *(bank for bank in _ALL_BANKS if bank != "suffix"))
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
-  """Options: method (rredcot, grpo), bank (suffix, answer, solution, rollouts)."""
+  """Options: method (rredcot, grpo), bank (suffix, answer, solution, solutions, rollouts, own)."""
   options = options_of(arg, {"method": METHODS, "bank": BANKS})
   config = default_config()
   set_model(config, "SmolLM2-135M")
@@ -56,7 +56,7 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
     config.credit.mode = "difference"
     config.credit.bank = options["bank"]
     config.credit.fallback = "solution"
-    # No solution that is imitated leaves the thought early: what the answer's bank scores is an answer after leaving.
+    # No imitated solution leaves the thought early, so the answer bank scores an answer as if the exit were written.
     config.credit.scored = "body" if options["bank"] == "answer" else "all"
     config.credit.max_completion_tokens = 24 if options["bank"] == "answer" else 320
     config.credit.chunk_size = 0 if options["bank"] == "answer" else 4
