@@ -4,9 +4,10 @@
     python experiments/credit_study.py --config configs/smollm2_study.py --workdir runs/smollm2-study
     python experiments/credit_study.py --config configs/smollm2_study.py:accelerator --workdir runs/smollm2-study-256
 
-`cpu` (the default) takes 64 rollouts a state of 2 traces of each of 16 groups of 4, leaves integrated gradients and the
-gradient's variance out, and takes about 20 minutes on 2 cores. `accelerator` takes 256 rollouts of every trace of 32
-groups of 8 and has all of it; it has not been run. Questions and model are those of configs/demo_llm.py.
+`cpu` (the default) takes 64 rollouts a state, of 2 traces in each of 16 groups of 4. It leaves out integrated gradients
+and the gradient's variance, and takes about 20 minutes on 2 cores. `accelerator` takes 256 rollouts a state, of every
+trace in 32 groups of 8, and leaves nothing out. It has not been run. Questions and model are those of
+configs/demo_llm.py.
 """
 
 from ml_collections import ConfigDict
