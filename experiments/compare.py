@@ -4,11 +4,11 @@
     python experiments/compare.py --workdir runs/comparison --seeds 1,2,3,4,5 --methods grpo,rredcot-suffix-difference
     python experiments/compare.py --workdir runs/rates --seeds 0 --rates 1e-4,2e-4,3e-4,4e-4     (the tuning)
 
-Interrupted, it goes on where it stopped; finished runs are not touched, and methods and
-seeds may come in several calls: the figures are of all finished runs in the directory.
-Writes comparison.json, comparison.html and PNG figures there; the last line is one JSON
-object. With --rates, every method runs at every rate, evaluated at its end alone, and the
-JSON object holds the final accuracies and each method's best.
+The same command continues an interrupted comparison. Finished runs are not touched. Methods and
+seeds may come in several calls, because the figures are of all finished runs in the directory.
+It writes comparison.json, comparison.html and PNG figures there. The last line is one JSON
+object. With --rates, every method runs at every rate and is evaluated at its end alone. The JSON
+object then holds the final accuracies and each method's best rate.
 """
 
 import json
@@ -148,7 +148,7 @@ def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
   """One line of the table."""
   final, ratio = figures["final_accuracy"][name], figures["rollouts_to_grpo_accuracy_over_grpo"][name]
   flops, costs = figures["flops_to_grpo_accuracy_over_grpo"][name], figures["costs_a_step"][name]
-  # A few seeds' interval may leave what an accuracy can be.
+  # The interval of a few seeds may go below 0 or above 1.
   ends = None if final["low"] is None else (100 * max(final["low"], 0), 100 * min(final["high"], 1))
   interval = "" if ends is None else f" ({ends[0]:.1f} to {ends[1]:.1f})"
   number = lambda x, form: "–" if x is None else format(x, form)
