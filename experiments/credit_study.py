@@ -2,10 +2,10 @@
 
     python experiments/credit_study.py --config configs/chain_study.py --workdir runs/chain-study
 
-Samples traces, values their states by many rollouts (the ground truth), credits them with every
-method, and compares. Writes study.html, study.json and figures there; the last line printed is
-the headline as one JSON object. Interrupted, the same command goes on: ground truth is kept round
-by round, gradients whole. docs/method.md, section 9, is the protocol.
+It samples traces, values their states by many rollouts (the ground truth), credits the traces with
+every method, and compares. It writes study.html, study.json and figures there. The last line is
+the headline as one JSON object. The same command continues an interrupted study: ground truth is
+kept round by round, and gradients when all are done. The protocol is section 9 of docs/method.md.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from rredcot_jax.train import launch, validation
 from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
 
-# Independent streams of one seed: the truth must not share samples with what it judges.
+# Independent streams of one seed, because the truth must not share samples with the estimates that it judges.
 _TRACES, _TRUTH, _ESTIMATES, _GRADIENTS = range(4)
 
 
@@ -216,7 +216,7 @@ def make_engine(experiment: Experiment, params: Any) -> estimators.Estimators:
   config, task, codec = experiment.config, experiment.held_out, experiment.codec
   options = config.study
   references = [codec.reference(task[i]) for i in range(max(options.num_prompts, options.gradient_prompts))]
-  # Traces lie in one layout, on one process.
+  # The study runs in one process and uses one layout.
   setting = dataclasses.replace(experiment.setting_of(task), mesh=None)
   return estimators.Estimators(
     params, setting, estimators.completion_rooms(references, config.rollout.max_tokens),
