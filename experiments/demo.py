@@ -5,8 +5,8 @@
     python experiments/demo.py --workdir runs/demo-llm --grpo configs/demo_llm.py:grpo \
         --rredcot configs/demo_llm.py:rredcot                     (the last part of `make demo-llm`)
 
-Both methods deal the same prompts in the same order for each seed. Interrupted,
-it goes on where it stopped. The last line is one JSON object with every figure.
+For each seed both methods get the same prompts in the same order. The same command
+continues an interrupted demo. The last line is one JSON object with every figure.
 """
 
 import json
