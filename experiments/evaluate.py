@@ -4,21 +4,20 @@
     python experiments/evaluate.py --config configs/qwen3_4b_numina_math.py:eval=aime --samples 64 --output aime.json
     python experiments/evaluate.py --config configs/demo_llm.py --config.initial_params=model.gguf --output gguf.json
 
-With --workdir the newest checkpoint of that run is evaluated, else what
-`initial_params` names; the prompts are the configuration's held-out ones,
-`evaluation.num_prompts` of them. For greedy decoding: `--config.rollout.top_k=1`.
+With --workdir the newest checkpoint of that run is evaluated, otherwise the checkpoint
+that `initial_params` names. The prompts are the first `evaluation.num_prompts` held-out
+ones. For greedy decoding use `--config.rollout.top_k=1`.
 
-pass@k is the unbiased estimate from all samples, maj@k the probability that the
-most frequent answer of k samples is right (`statistics.maj_at_k`); pass@1 is thus the
-mean over all samples. Standard errors are over prompts, and intervals are 95%
-bootstrap intervals over prompts (`statistics.bootstrap_interval`), so both hold the
-noise of sampling as well.
+pass@k is the unbiased estimate from all samples, so pass@1 is the mean over all samples.
+maj@k is the probability that the most frequent answer of k samples is right
+(`statistics.maj_at_k`). Standard errors are over prompts. Intervals are 95% bootstrap
+intervals over prompts (`statistics.bootstrap_interval`). Both include the noise of sampling.
 
-Every judged batch is appended to `<output>.traces.jsonl`; the same command again
-goes on from there and ends with the same figures as an uninterrupted one. All
-randomness is a function of the seed and of where a batch starts, with the key of
-train.py's own evaluations: the same samples and rows repeat a run's figures.
-Another `evaluation.rows` draws other traces. The last line is one JSON object.
+Every judged batch is appended to `<output>.traces.jsonl`. The same command continues an
+interrupted evaluation and ends with the figures of an uninterrupted one. All randomness
+depends on the seed and on a batch's first trace, with the key of train.py's evaluations.
+So the same samples and rows repeat a run's figures. Another `evaluation.rows` draws other
+traces. The last line is one JSON object.
 """
 
 import dataclasses
@@ -111,8 +110,8 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
 def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluation.Judged]:
   """The whole batches that an interrupted evaluation left, after which the file may be appended to.
 
-  A line that was cut off, and all of a batch that is not whole, is dropped from
-  the file; a file that does not exist is begun.
+  A line that was cut off is dropped from the file, and so is a batch that is not whole. A file
+  that does not exist is begun.
 
   Raises:
     ValueError: if the file holds an evaluation of other settings, naming what differs.
@@ -120,7 +119,7 @@ def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluatio
   header = json.dumps({"settings": settings})
   judged: list[evaluation.Judged] = []
   text = path.read_text(encoding="utf-8") if path.exists() else ""
-  lines = text.split("\n")[:-1]  # What follows the last newline was cut off.
+  lines = text.split("\n")[:-1]  # The text after the last newline was cut off.
   if lines:
     differing = differences.differences(json.loads(lines[0])["settings"], json.loads(header)["settings"])
     if differing:
@@ -129,7 +128,7 @@ def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluatio
     if len(judged) < settings["num_prompts"] * settings["samples"]:
       judged = judged[: len(judged) // settings["rows"] * settings["rows"]]
   kept = [header, *lines[1 : 1 + len(judged)]]
-  # Nobody writes before everybody has read.
+  # No process writes before all have read.
   processes.barrier("read the traces")
   if processes.is_main():
     files.write_whole(path, "".join(line + "\n" for line in kept))
@@ -164,7 +163,7 @@ def summarise(judged: Sequence[evaluation.Judged], num_prompts: int, samples: in
 
 
 def print_table(figures: dict[str, Any]) -> None:
-  """The figures for people."""
+  """Prints the figures as a table."""
   show = lambda row, name: "{:6.1f}% [{:.1f}, {:.1f}]".format(*(100 * x for x in (row[name], *row[f"{name}_interval"])))
   print(f"\n{'k':>4}  {'pass@k [95%]':<24}{'maj@k [95%]'}")
   for k, row in figures["k"].items():
