@@ -2,10 +2,9 @@
 
     python experiments/train.py --config configs/demo.py:rredcot --workdir runs/rredcot
 
-A work directory that holds a checkpoint of the same configuration is resumed,
-and then repeats the uninterrupted run bit for bit. Writes config.json,
-metrics.jsonl, tensorboard/, traces.jsonl, checkpoints/ and report.html there.
-The loop itself is rredcot_jax/train/loop.py.
+If the work directory holds a checkpoint of the same configuration, the run is resumed, and
+repeats the uninterrupted run bit for bit. It writes config.json, metrics.jsonl, tensorboard/,
+traces.jsonl, checkpoints/ and report.html there. The loop is rredcot_jax/train/loop.py.
 """
 
 import sys
