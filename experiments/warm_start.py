@@ -3,13 +3,13 @@
     python experiments/warm_start.py --config configs/demo.py --output rredcot_jax/assets/chain/warm_start.safetensors
     python experiments/warm_start.py --config configs/demo_llm.py --output runs/demo-llm/start
 
-The corpus is what the task's teacher writes, or the reference solutions of a task
-without one. An output named `*.safetensors` is one file of ours; it is written once,
-at the end. Any other output is a directory in Hugging Face's format. A start from a
-checkpoint saves its progress in `<output>.checkpoints`, so that the same command goes
-on after an interruption; a start at random begins anew. Ends by printing the sampled
-accuracy on held-out prompts, and that of what it started from if that was a checkpoint,
-as one JSON object on the last line.
+The corpus is the text of the task's teacher, or the reference solutions of a task without
+a teacher. An output named `*.safetensors` is one file in our format, written once, at the
+end. Any other output is a directory in Hugging Face's format. A start from a checkpoint
+saves its progress in `<output>.checkpoints`, so that the same command continues after an
+interruption. A start at random begins anew. The last line is one JSON object with the
+sampled accuracy on held-out prompts. If it started from a checkpoint, the object also has
+that checkpoint's accuracy.
 """
 
 import functools
