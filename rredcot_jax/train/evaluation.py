@@ -15,7 +15,7 @@ from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.parallel import processes, sharding
 from rredcot_jax.report import statistics
 
-# What LaTeX writes for looks alone: stretched brackets, spaces, fractions of another size.
+# LaTeX that changes only the appearance: stretched brackets, spaces, fractions of another size.
 _STRETCHED = re.compile(r"\\(?:left|right)(?![A-Za-z])")
 _SPACES = re.compile(r"\s+|\\[,;:! ]")
 _FRACTION = re.compile(r"\\[dt]frac(?![A-Za-z])")
@@ -23,7 +23,7 @@ _FRACTION = re.compile(r"\\[dt]frac(?![A-Za-z])")
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-  """One sampled trace of a held-out prompt and what became of it."""
+  """One sampled trace of a held-out prompt, judged."""
 
   prompt: int  # Index into the task.
   sample: int  # Of this prompt's.
@@ -36,9 +36,9 @@ class Judged:
 def vote_of(answer: str | None) -> Hashable:
   """The same value for answers that are plainly the same; None, no vote, where there is no answer.
 
-  Numbers are compared by value, all else as text without dollar signs, white space
-  and LaTeX that changes looks alone. No verifier is asked, so `1/2` and `0.5` are two
-  answers, and share their votes out between them.
+  Numbers are compared by value. Everything else is compared as text without dollar signs,
+  white space and LaTeX that changes only the appearance. No verifier is asked. So `1/2` and
+  `0.5` are two answers, whose votes are counted separately.
   """
   if answer is None:
     return None
@@ -72,11 +72,11 @@ def judged_batches(
 ) -> Iterator[list[Judged]]:
   """Samples and judges the traces of the first `num_prompts` prompts of `task`, a batch at a time.
 
-  Trace i is sample i % samples of prompt i // samples. Runs in batches of `rows`
-  traces; the last is filled up and the filling left out. A batch is a function of
-  the parameters, the key and where it starts, so that beginning at a `first` that
-  is a multiple of `rows` repeats the rest of a whole pass bit for bit. Another
-  `rows` draws other traces.
+  Trace i is sample i % samples of prompt i // samples. It runs in batches of `rows`
+  traces. The last batch is filled up, and the filling is left out of the result. A batch
+  depends only on the parameters, the key and its first trace. So a pass that begins at a
+  `first` which is a multiple of `rows` repeats the rest of a whole pass bit for bit.
+  Another `rows` draws other traces.
 
   Args:
     params, config, task, codec, mesh: who answers, and what.
@@ -84,9 +84,9 @@ def judged_batches(
     num_prompts, samples, rows: see above.
     max_prompt_tokens, max_tokens, temperature, top_k, top_p: see `config.rollout`.
     first: the trace to begin with; a multiple of `rows`, or all of them, which yields nothing.
-    notice: is looked at after every batch.
+    notice: is checked after every batch.
 
-  Of several processes each judges its share, and all yield the same.
+  Where there are several processes, each judges its share, and all yield the same.
 
   Raises:
     processes.Stopped: if `notice` was given to a process.
@@ -113,7 +113,7 @@ def judged_batches(
       )  # fmt: skip
     rollout = processes.whole(rollout)
     texts = codec.responses(rollout)
-    # The filling is judged by nobody.
+    # The filling is not judged.
     judged = [row for row in share.here[share.judged] if row < len(places)]
     (rewards,), stopped = share.gather(
       judged, [task.reward(examples[row], texts[row]) for row in judged], flag=notice is not None and notice.given
@@ -162,11 +162,11 @@ def evaluate(
 
 
 def is_correct(judged: Sequence[Judged]) -> np.ndarray:
-  """[N] bool: full marks count, parts of them do not."""
+  """[N] bool, whether the reward is full; a part of it does not count."""
   return np.array([one.reward >= 1.0 for one in judged])
 
 
 def votes_of(judged: Sequence[Judged]) -> np.ndarray:
-  """[N] int for `statistics.maj_at_k`: one number an answer, whatever the prompt; -1 where there is none."""
+  """[N] int for `statistics.maj_at_k`: one number for each answer, whatever the prompt; -1 where there is none."""
   numbers: dict[Hashable, int] = {None: -1}
   return np.array([numbers.setdefault(vote_of(one.answer), len(numbers) - 1) for one in judged])
