@@ -39,10 +39,10 @@ def run(
     config: as `train.config.default_config` lays it out.
     workdir: claimed by `workdir.claim`.
     notice: tells a run to stop.
-    claim: what `workdir.claim` returned; it is looked at before each step.
+    claim: the result of `workdir.claim`; it is checked before each step.
 
   Returns:
-    Whether it came to its end; else `notice` was given, to any process, and all is saved.
+    True if the run came to its end. False if any process was told to stop; everything is saved then.
   """
   # ---- Task, tokenizer, model, layout ------------------------------------------------------
   experiment = Experiment(config)
@@ -103,11 +103,11 @@ def run(
   finite = lambda lines: check_finite(lines, workdir, recent, skipped=config.loss.non_finite == "skip")
 
   def save_at(step: int, dealt: dict) -> None:
-    # Metrics first: a checkpoint vouches for every line before it.
+    # Metrics first, because a resumed run relies on the lines before its checkpoint.
     finite(writer.flush())
     saver.save(step, state, {"prompts": dealt, "rollout_tokens": rollout_tokens})
 
-  recent: dict[int, Any] = {}  # The last two: metrics arrive a step late.
+  recent: dict[int, Any] = {}  # The last two steps' batches, because metrics arrive a step late.
   stopped = needs_evaluation(config, workdir, first, restored is not None) and not evaluate_at(first)
   if stopped:
     save_at(first, prompts.get_state())
@@ -139,7 +139,7 @@ def run(
     lengths = judged_rollout.mask.sum(axis=1)
     (returns, lengths), stopped = rows.gather(rows.here[rows.judged], rewards, lengths, flag=told)
     if stopped:
-      # This rollout is given up: the state is still the one of the last boundary.
+      # This rollout is dropped, and the state is still that of the last step boundary.
       save_at(step, position)
       break
 
@@ -153,8 +153,8 @@ def run(
     else:
       assigned = assign_uniform(rollout.mask, returns)
     state = dataclasses.replace(state, learnt=assigned.state)
-    # The host would wait for it at the next rollout anyway; here it tells what credit costs. The devices lose the
-    # milliseconds until the update is dispatched.
+    # The host would wait for it at the next rollout anyway. Waiting here measures the cost of credit. The devices
+    # are idle for the milliseconds until the update is dispatched.
     jax.block_until_ready(assigned.advantages)
     credit_seconds = time.perf_counter() - credit_began
 
@@ -164,7 +164,7 @@ def run(
     if kl_params is not None:
       batch = dataclasses.replace(batch, reference_log_probs=updates.log_probs(kl_params, batch))
     recent = {step: recent.get(step), step + 1: batch}
-    del policy, cache  # The update wants their memory.
+    del policy, cache  # The update needs their memory.
     for _ in range(config.loss.updates_per_rollout):
       state, update_metrics = updates.update(state, batch, int(lengths.max()))
 
@@ -183,7 +183,7 @@ def run(
     last = done == config.num_steps
     if last or done % config.evaluation.every == 0:
       show(progress, finite(writer.flush()))
-      # Traces first: a run that is told to stop evaluates after it has been resumed, and has no rollout then.
+      # Traces first, because a run that is told to stop evaluates after it has been resumed, and has no rollout then.
       write_traces(workdir, done, task, codec, dealt, rollout, segments, assigned.credit, returns, config)
       stopped = not evaluate_at(done)
     if last or stopped or done % config.checkpoint.every == 0:
@@ -197,7 +197,7 @@ def run(
 
 
 def needs_evaluation(config: ConfigDict, workdir: pathlib.Path, step: int, resumed: bool) -> bool:
-  """Whether the state at the start of this run is to be evaluated; a run told to stop may have saved before it did."""
+  """Whether to evaluate the state at the start of this run. A run may have been stopped before it did."""
   due = step % config.evaluation.every == 0 or step == config.num_steps
   if due and resumed and processes.is_main():
     due = not metrics.is_evaluated(workdir / "metrics.jsonl", step)
@@ -231,7 +231,7 @@ def host_metrics(
   lengths: np.ndarray,
   zero_variance: np.ndarray,
 ) -> dict[str, Any]:
-  """What is counted beside the update's own metrics and the credit's, over all processes; on devices."""
+  """Metrics of rollouts, over all processes, on devices; those of credit and of the update are made elsewhere."""
   return {
     "train/reward": returns.mean(),
     "train/length": lengths.mean(),
