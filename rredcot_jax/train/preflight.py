@@ -14,9 +14,9 @@ _SHOWN = 200  # Characters of a text in an error.
 
 
 def check_references(task: Task, codec: Codec) -> None:
-  """Judges what the banks score and what a warm start imitates: written in ids and decoded, it must earn 1.
+  """Judges the references that banks score and warm starts imitate. Encoded and decoded, each must get reward 1.
 
-  A tokenizer that does not write the exit as the verifier reads it would train on rewards of 0.
+  If a tokenizer changes the exit, the verifier does not find it, and every reward of the run would be 0.
 
   Args:
     task: its first examples are asked. One whose answer is "" has no reference.
@@ -40,7 +40,7 @@ def check_references(task: Task, codec: Codec) -> None:
 
 
 def differing_pieces(task: Task, codec: Codec) -> str | None:
-  """What the tokenizer would write otherwise than the pieces that banks and warm starts are made of.
+  """The first difference between the tokenizer's ids of a whole reference and those of its pieces.
 
   A piece is encoded on its own, so that its boundary is a token position. A tokenizer that merges characters over
   that boundary, such as ".\\n", would write other ids there, and the policy gives its own spelling more probability.
