@@ -1,15 +1,15 @@
-"""What TRL's GRPO losses and their gradients are on one ragged batch, for tests/losses_test.py.
+"""TRL's GRPO losses and their gradients on one ragged batch, for tests/losses_test.py.
 
     python3 -m venv /tmp/trl-env
     /tmp/trl-env/bin/pip install torch==2.13.0 trl==1.16.0
     /tmp/trl-env/bin/python tools/make_trl_goldens.py
 
-writes tests/data/trl/losses.npz. No model is run: `GRPOTrainer._compute_loss` is called on a stub
-that holds the attributes which it reads and whose log-probabilities are a leaf of the graph, so that
-the arithmetic is TRL's own. One thing is not: TRL computes the importance ratio between sampler and
-trainer while it generates, so that `importance_ratio` here repeats its lines.
+This writes tests/data/trl/losses.npz. No model is run: `GRPOTrainer._compute_loss` is called on a
+stub that has the attributes which it reads, and whose log-probabilities are a leaf of the graph. So
+the arithmetic is TRL's own, with one exception. TRL computes the importance ratio between sampler and
+trainer while it generates, so `importance_ratio` here repeats those lines.
 
-Nothing but the functions named after TRL needs torch.
+Only the functions named after TRL need torch.
 """
 
 import importlib.metadata
@@ -62,7 +62,7 @@ def batch() -> dict[str, np.ndarray]:
   mask[3, 2] = False
   old = -0.1 - 2 * draw(*shape)
   near = lambda spread: old + spread * (2 * draw(*shape) - 1)
-  # One advantage a trace, as GSPO has it; the other losses do not care.
+  # One advantage a trace, because GSPO needs it. The other losses allow it.
   advantages = np.broadcast_to((3 * draw(len(LENGTHS), 1) - 1.5), shape)
   floats = dict(
     log_probs=near(0.6), old_log_probs=old, reference_log_probs=near(0.4), sampler_log_probs=near(0.3),
