@@ -5,7 +5,7 @@
     python tools/show_rollout.py --config configs/demo.py:rredcot --picture docs/credit.png
 
 Without --workdir the configuration's initial parameters are used. One group is
-sampled; the correct and the wrong traces shown are the first of each.
+sampled. The first correct and the first wrong traces are shown.
 """
 
 import pathlib
