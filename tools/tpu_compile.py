@@ -4,18 +4,18 @@
     python tools/tpu_compile.py --config configs/qwen3_4b_numina_math.py --topology v5p:2x2x4
     python tools/tpu_compile.py --config configs/demo.py:rredcot --topology v5e:2x2 --config.mesh.fsdp=4 --search
 
-Sampling, scoring and the update are compiled by libtpu on this machine's CPU for the
-topology named, placed as the configuration's meshes say. **Nothing runs**: memory is
-what the compiler allocates, arithmetic and collectives are read from the compiled text
-with every loop counted as often as it runs (sampling as if no trace ended early), and
-the floor of the time is that of the busiest of three resources at its published peak.
-A measured step can only be longer.
+libtpu compiles sampling, scoring and the update on this machine's CPU for the topology
+named, placed by the configuration's meshes. **Nothing runs.** Memory is what the compiler
+allocates. Arithmetic and collectives are read from the compiled text, with every loop
+counted as often as it runs. Sampling counts as if no trace ended early. The floor of the
+time is that of the busiest of three resources at its published peak. A real step takes
+longer.
 
-Memory of a program is beside what stays on the chip while it runs: the train state
-while sampling and scoring. `--search` looks for the largest batch, in doublings of
-rollout.prompts_per_step, and for it the remat policy that computes least again, with the
-fewest microbatches. The last line is one JSON object; exit status 1 if something does
-not fit.
+While sampling and scoring run, the train state stays on the chip, and is added to their
+memory. `--search` looks for the largest batch, in doublings of rollout.prompts_per_step.
+For that batch it looks for the remat policy that computes least again, with the fewest
+microbatches. The last line is one JSON object. The exit status is 1 if something does not
+fit.
 """
 
 import json
@@ -25,7 +25,7 @@ import sys
 import time
 from typing import Any
 
-# Before jax is imported: nothing here may look for a TPU, and compiling needs none.
+# Before jax is imported, because it must not look for a TPU. Compiling needs none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
@@ -107,11 +107,12 @@ def compile_all(config: ConfigDict, devices: Any, names: list[str]) -> dict[str,
     counts = hlo.count(compiled.as_text())
     once = compiled.cost_analysis() or {}
     memory = hlo.memory(compiled)
-    # XLA counts the bytes of a loop's body once; they are scaled as the arithmetic is, which it also counts once.
+    # XLA counts bytes and arithmetic of a loop's body once. Bytes are scaled by the ratio of the two counts of
+    # arithmetic.
     products = counts.flops - counts.kernel_flops
     traffic = once.get("bytes accessed", 0.0) * max(products / max(once.get("flops", 0.0), 1.0), 1.0)
     if name == "sample":
-      # Its loop is too unlike its prefill for that: every token reads all parameters and the whole cache.
+      # Sampling's loop is too unlike its prefill for that. Every token reads all parameters and the whole cache.
       traffic = config.rollout.max_tokens * (memory["arguments"] + memory["outputs"])
     result["programs"][name] = {
       "fits": memory["peak"] + beside <= chip.hbm,
@@ -131,7 +132,7 @@ def compile_all(config: ConfigDict, devices: Any, names: list[str]) -> dict[str,
 
 
 def needed(message: str) -> str:
-  """What the compiler says that a program would take."""
+  """The memory that the compiler reports for a program."""
   found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
   return "{} of temporaries, of {} in all".format(*found.groups()) if found else message.splitlines()[0][:200]
 
