@@ -2,10 +2,10 @@
 
   python tools/train_tokenizer.py
 
-takes under a minute and writes rredcot_jax/assets/gsm_symbolic_tokenizer/ again,
-byte for byte. It is a byte-level BPE over questions, solutions and answers of
-the train split: every text round-trips, each digit is a token, and a newline is
-a token of its own, so that segments can be cut at it.
+This takes under a minute and writes rredcot_jax/assets/gsm_symbolic/ again, byte for
+byte. The tokenizer is a byte-level BPE over questions, solutions and answers of the train
+split. Every text round-trips. Each digit is a token. A newline is a token of its own, so
+that segments can be cut at it.
 """
 
 import argparse
