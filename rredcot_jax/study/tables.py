@@ -281,7 +281,7 @@ def gradient_variance(
 
   Args:
     moments: of the estimators, "grpo" among them.
-    unbiased: the one whose mean is taken for the policy gradient.
+    unbiased: the one whose mean stands for the policy gradient.
     step_flops: operations of a training step with each, for "at equal compute": n groups more
       cheaply bought divide the variance by n.
     resamples: of the bootstrap over prompts; it needs at least 2 prompts.
