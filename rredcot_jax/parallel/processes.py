@@ -130,7 +130,7 @@ def _find(
     return None
   if coordinator is None and num_processes is None:
     return _detect(process_id, seconds) if detect or _tasks_in_environment() > 1 else None
-  # An indexed Kubernetes job sets it in every pod, whoever finds the others.
+  # An indexed Kubernetes job sets it in every pod, also where JAX finds the other processes.
   process_id = _number(process_id, "JOB_COMPLETION_INDEX")
   known = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
   missing = [name for name, value in known.items() if value is None]
