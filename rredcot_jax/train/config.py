@@ -1,6 +1,6 @@
 """The one schema of an experiment: every option, its default and what it means.
 
-A file under configs/ starts from `default_config()`, changes what it wants and
+A file under configs/ starts from `default_config()`, changes some options and
 returns the result from `get_config(arg)`. `Experiment` turns a configuration into
 objects, so that modules receive plain values.
 """
