@@ -86,7 +86,7 @@ matches claim "$claim" '[a-z0-9]([a-z0-9.-]*[a-z0-9])?'
 workers=$((${topology//x/*} / chips))
 ((workers > 0 && workers * chips == ${topology//x/*})) || fail "--topology $topology is not a multiple of --chips $chips"
 
-# json_string TEXT: a JSON string, which YAML reads as it stands; $ is doubled, since Kubernetes expands $(NAME).
+# json_string TEXT: a JSON string, which YAML reads unchanged. $ is doubled, because Kubernetes expands $(NAME).
 json_string() {
   local text="$1"
   text="${text//\\/\\\\}"
