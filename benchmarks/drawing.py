@@ -4,15 +4,14 @@
 
 Both draw one token a row from the same normalised log-probabilities, jitted and vmapped over the rows
 with a key each, as the sampler does. The two take turns, and each time is the median over the turns.
-Ends with one JSON object: milliseconds of each and their ratio, and the processor with its vector extensions.
+Ends with one JSON object: milliseconds of each and their ratio, and the machine.
 """
 
-import json
-import pathlib
 import statistics
 import time
 
 import jax
+import machine
 from absl import app, flags
 
 from rredcot_jax.model import sampling
@@ -20,21 +19,16 @@ from rredcot_jax.model import sampling
 TURNS = flags.DEFINE_integer("turns", 30, "Times that each is run.")
 _ROWS = (16, 64)
 _WORDS = (32, 4096, 49152, 151936)  # The chain task's, a small one, SmolLM2's and Qwen's.
-_EXTENSIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
 
 
 def main(_) -> None:
-  device = jax.devices()[0]
-  processor, extensions = processor_of()
-  print(f"{device.device_kind} ({processor}; {' '.join(extensions)})")
   cases = [measure(rows, words, TURNS.value) for words in _WORDS for rows in _ROWS]
   for case in cases:
     print(
       f"{case['rows']:3} rows of {case['words']:6} words: draw {case['draw_ms']:.3f} ms, "
       f"categorical {case['categorical_ms']:.3f} ms, categorical / draw {case['ratio']:.2f}"
     )
-  machine = {"device": device.device_kind, "processor": processor, "extensions": extensions, "jax": jax.__version__}
-  print(json.dumps({"cases": cases, **machine}))
+  machine.report({"cases": cases})
 
 
 def measure(rows: int, words: int, turns: int) -> dict[str, float]:
@@ -53,15 +47,6 @@ def measure(rows: int, words: int, turns: int) -> dict[str, float]:
   median = {f"{name}_ms": round(1e3 * statistics.median(values), 4) for name, values in times.items()}
   ratio = round(median["categorical_ms"] / median["draw_ms"], 2)
   return {"rows": rows, "words": words, **median, "ratio": ratio}
-
-
-def processor_of() -> tuple[str, list[str]]:
-  """The processor's name and which of the vector extensions that matter it has; Linux's /proc says."""
-  path = pathlib.Path("/proc/cpuinfo")
-  lines = path.read_text().splitlines() if path.is_file() else []
-  fields = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
-  there = fields.get("flags", fields.get("Features", "")).split()
-  return fields.get("model name", "unknown processor"), [name for name in _EXTENSIONS if name in there]
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ def tensor(name, shape, kind=0, offset=0):
   return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
-def container(fields=(), tensors=(), data=b"", version=3, counts=None):
+def container(fields=(), tensors=(), data=b"", version=3, counts=None, alignment=32):
   """The bytes of a file; `counts` is what it says of the numbers of tensors and fields."""
   counts = counts or (len(tensors), len(fields))
   head = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join([*fields, *tensors])
-  return head + b"\0" * (-len(head) % 32) + data
+  return head + b"\0" * (-len(head) % alignment) + data
 
 
 @pytest.fixture
@@ -138,6 +138,14 @@ def test_tensors_may_lie_in_any_order_and_touch(read):
   _, tensors = read(container([X], [tensor("b", (4, 2), 0, 32), tensor("a", (8,))], data))
   np.testing.assert_array_equal(tensors["a"].data.view(np.float32), np.arange(8))
   np.testing.assert_array_equal(tensors["b"].data.view(np.float32), np.arange(8, 16).reshape(2, 4))
+
+
+@pytest.mark.parametrize("alignment", [8, 64, 512])
+def test_tensors_begin_where_the_files_alignment_says(alignment, read):
+  stated = field("general.alignment", KIND.UINT32, struct.pack("<I", alignment))
+  data = np.arange(8, dtype=np.float32).tobytes()
+  _, tensors = read(container([stated], [tensor("a", (8,))], data, alignment=alignment))
+  np.testing.assert_array_equal(tensors["a"].data.view(np.float32), np.arange(8))
 
 
 def test_the_arrays_of_a_file_take_little_memory(tmp_path):

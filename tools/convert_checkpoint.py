@@ -20,6 +20,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from rredcot_jax.model import decoder, export, huggingface
+from rredcot_jax.model.source import read_json
 from rredcot_jax.model.tokenizer import end_ids, load_tokenizer
 from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.config import default_config
@@ -67,7 +68,7 @@ def resolve(source: str) -> pathlib.Path:
 def is_workdir(path: pathlib.Path) -> bool:
   """Whether experiments/train.py wrote `path`."""
   config = path / "config.json"
-  return config.is_file() and "config" in json.loads(config.read_text(encoding="utf-8"))
+  return config.is_file() and "config" in read_json(config)
 
 
 def load_run(workdir: pathlib.Path):
