@@ -142,8 +142,8 @@ UPDATES["policy in chunks"] = functools.partial(UPDATES["policy"], config=IN_CHU
 
 def run(config, workdir):
   validation.validate(config)
-  workdir_lib.claim(workdir, config, "test", resume=True)
-  assert loop.run(config, workdir)
+  with workdir_lib.claim(workdir, config, "test") as claim:
+    assert loop.run(config, workdir, claim=claim)
   return workdir
 
 

@@ -8,17 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
-import train
+from helpers import run, saved_params, untimed
 
 from rredcot_jax.credit import value_head
-from rredcot_jax.data import tasks
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.ops import types
-from rredcot_jax.parallel import sharding
-from rredcot_jax.report import page
-from rredcot_jax.train import checkpoint
-from rredcot_jax.train import config as config_lib
 
 OPTIMIZER = value_head.make_optimizer(learning_rate=0.05)
 
@@ -65,29 +60,21 @@ def test_features_are_those_that_predict_the_token_and_carry_no_gradient():
 
 def test_a_run_resumes_with_its_critic_bit_for_bit(tmp_path):
   config = tiny_config.get_config("grpo")
-  config.initial_params = ""
+  config.initial_params, config.tokenizer.path = "", "chain"
   config.model.update({"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 16})
   config.rollout.max_tokens, config.num_steps, config.evaluation.num_prompts = 16, 4, 4
   config.evaluation.samples, config.evaluation.rows = 1, 4
   config.credit.update({"source": "value_head", "mode": "difference"})
-  config_lib.validate(config)
-
-  def run(workdir):
-    train.claim_workdir(workdir, config, "test", resume=True)
-    train.run(config, workdir)
-    lines = page.read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines]
-
-  whole = run(tmp_path / "whole")
+  whole = untimed(run(config, tmp_path / "whole"))
   losses = [line["credit/critic_loss"] for line in whole if "credit/critic_loss" in line]
   assert len(losses) == 4 and losses[-1] < losses[0]  # Random parameters never succeed: it learns that.
   shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
   shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
-  assert run(tmp_path / "resumed") == whole
-  model = config_lib.model_config(config, len(tasks.make_task("chain", split="train").tokenizer))
-  mesh = sharding.make_mesh()
-  ours, theirs = (
-    checkpoint.restore_run(tmp_path / name, model, mesh, vocab_size=model.vocab_size) for name in ("whole", "resumed")
-  )
-  assert ours[0] == theirs[0] == 4
-  jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
+  between, _ = saved_params(tmp_path / "resumed", 2, config)
+  assert untimed(run(config, tmp_path / "resumed")) == whole
+  (ours, data), (theirs, expected) = (saved_params(tmp_path / name, 4, config) for name in ("resumed", "whole"))
+  assert data == expected
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  # What the critic has learnt is in the checkpoint, and goes on from there.
+  assert isinstance(ours.learnt, value_head.Critic)
+  assert 0 < np.abs(between.learnt.head.weight).max() and (between.learnt.head.weight != ours.learnt.head.weight).any()
