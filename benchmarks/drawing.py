@@ -1,4 +1,4 @@
-"""What drawing a token costs: `sampling.draw`, of two random numbers, beside `jax.random.categorical`, of one a word.
+"""The cost of drawing a token: `sampling.draw` (two random numbers) beside `jax.random.categorical` (one a word).
 
     python benchmarks/drawing.py
 
