@@ -27,7 +27,5 @@ def test_the_tutorial_runs_as_written(one_device, capsys):
   shown = capsys.readouterr().out
   assert "reference answer" in shown and "r_k" in shown
   # The failed trace's most negative reward falls on its first wrong line, as the text claims.
-  record = scope["evaluation"].trace_record(
-    0, scope["task"], scope["examples"][scope["row"]], *scope["one"], scope["returns"][scope["row"]]
-  )
+  record = scope["record"]
   assert min(range(len(record["rewards"])), key=record["rewards"].__getitem__) == record["first_wrong_segment"]
