@@ -37,6 +37,10 @@ TEST_PROCESSES ?= 2
 test: .venv/ready
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
+# Kills at 20 random moments, and the other long forms of the fault tests.
+faults: .venv/ready
+	$(BIN)/python -m pytest -m faults
+
 # The tests that compare with other people's code or compile for TPUs, and no others.
 test-peers: peers
 	$(BIN)/python -m pytest -m peers -n $(TEST_PROCESSES) --dist loadfile
@@ -81,7 +85,7 @@ else
 	$(PYTHON313) -m venv .venv-newest
 	.venv-newest/bin/python $(ONCE) -e . pytest hypothesis
 	.venv-newest/bin/pip list | grep -iE '^(jax|numpy|chex|flax|optax) '
-	.venv-newest/bin/python -m pytest $(OPS_TESTS)
+	.venv-newest/bin/python -m pytest --hypothesis-profile=quick $(OPS_TESTS)
 endif
 
 IMPORT_ALL := import importlib, pkgutil, rredcot_jax as rr; \
@@ -97,7 +101,7 @@ else
 	$(BIN)/python tools/lint_dependencies.py --floors experiments >.venv-floors/floors.txt
 	.venv-floors/bin/python $(ONCE) --constraint .venv-floors/floors.txt -e '.[experiments]' pytest hypothesis
 	.venv-floors/bin/python -c '$(IMPORT_ALL)'
-	.venv-floors/bin/python -m pytest $(OPS_TESTS)
+	.venv-floors/bin/python -m pytest --hypothesis-profile=quick $(OPS_TESTS)
 endif
 
 # The wheel is built from the source distribution, so that both are complete.

@@ -1,4 +1,4 @@
-"""Four fake CPU devices, no silent rank promotion, deterministic property tests, and what is left to `make test-peers`."""
+"""Four fake CPU devices, no silent rank promotion, deterministic property tests, and a count of what is left out."""
 
 import os
 
@@ -13,6 +13,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=50)
+# Where the same tests run a second time, with other versions of their dependencies.
+hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("deterministic"), max_examples=10)
 hypothesis.settings.load_profile("deterministic")
 
 
@@ -27,7 +29,7 @@ def compiled_programs_end_with_their_module():
 
 LEFT_OUT = pytest.StashKey[dict]()
 # Where the tests with a marker run that pyproject.toml leaves out of the plain suite.
-RUN_BY = {"peers": "make test-peers", "faults": "python -m pytest -m faults"}
+RUN_BY = {"peers": "make test-peers", "faults": "make faults"}
 
 
 def pytest_configure(config):

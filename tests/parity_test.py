@@ -20,7 +20,6 @@ from rredcot_jax.ops import types
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tools"))
 import make_parity_goldens as goldens
 
-pytestmark = pytest.mark.parity
 # Of the small models' logits, which reach 5, and of SmolLM2's, which reach 50.
 TOLERANCE, TOLERANCE_SMOLLM2 = 1e-4, 1e-3
 
