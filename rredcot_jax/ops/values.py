@@ -73,9 +73,7 @@ def log_weighted_mean(log_weights: chex.Array, evidence: Evidence, *, self_norma
   valid = evidence.valid
   # Ratios of weights are taken between small numbers: logarithms of -500 have lost the digits that they differ in.
   log_weights, largest = _shifted(log_weights, valid)
-  useful = jnp.logical_and(valid, evidence.utilities > 0)
-  log_utilities = jnp.log(jnp.where(useful, evidence.utilities, 1.0))
-  log_sum = masked_logsumexp(log_weights + log_utilities, useful, axis=-1)
+  log_sum = masked_logsumexp(log_weights + jnp.log(evidence.utilities), valid, axis=-1)
   log_total = masked_logsumexp(log_weights, valid, axis=-1)
   count = jnp.sum(valid, axis=-1)
   # Where no completion has any likelihood at all the weights say nothing.
@@ -193,9 +191,10 @@ def estimate_values(
     log_q: [K or 1, N] floating, finite where valid, nats.
     valid: [K or 1, N] bool; N in the formulas counts the valid ones of a state.
     lengths: [K or 1, N] int >= 0, scored tokens of each completion.
-    form: one of `FORMS`, "package.module:Name", or a `Form`.
-    max_weight: the cap, > 0, of "truncated". May be traced.
-    exponent: of "power", > 0. May be traced.
+    form: one of `FORMS`, "package.module:Name", or a `Form`; a form with options of its own is
+      bound to them by `functools.partial`.
+    max_weight: the cap, > 0, of form="truncated". May be traced.
+    exponent: of form="power", > 0. May be traced.
 
   Where it is not valid a completion may hold anything. Where it is valid and its
   log p, log q or utility is outside the range above, concrete arrays raise; traced ones
