@@ -272,8 +272,11 @@ def test_a_calibrated_form_reads_the_logarithm_of_the_plain_value():
   found, size = values.estimate_values(*arguments(), form=form)
   np.testing.assert_allclose(found, 1 / (1 + np.exp(-2 - 0.5 * np.log([0.375, 0.5625, 0.5]))), rtol=1e-5)
   np.testing.assert_array_equal(size, values.estimate_values(*arguments())[1])
-  none = values.estimate_values(*arguments(valid=jnp.zeros(SHAPE, bool)), form=form)
+  # A state without completions has the value 0 and not sigmoid(a).
+  half = functools.partial(values.calibrated, coefficients=jnp.zeros(2))
+  none = values.estimate_values(*arguments(valid=jnp.zeros(SHAPE, bool)), form=half)
   np.testing.assert_array_equal(none, np.zeros((2, 3)))
+  np.testing.assert_array_equal(values.estimate_values(*arguments(), form=half)[0], np.full(3, 0.5))
 
 
 def test_no_trace_values_itself_by_its_own_groups_returns():
