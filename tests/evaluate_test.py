@@ -10,14 +10,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_config
-import train
 
-from rredcot_jax.data import judging, tasks, verifiers
+from rredcot_jax.data import verifiers
 from rredcot_jax.model import sampling
-from rredcot_jax.parallel import sharding
-from rredcot_jax.train import config as config_lib
 from rredcot_jax.train import evaluation
-from rredcot_jax.train.initial import start_params
+from rredcot_jax.train import workdir as workdir_lib
+from rredcot_jax.train.experiment import Experiment
 
 SAMPLES = 3  # With 6 prompts and 8 rows: three batches, the last filled up.
 
@@ -122,9 +120,9 @@ def test_only_powers_of_two_are_reported():
 def test_traces_are_every_sample_of_every_prompt_as_judged(whole):
   figures, output = whole
   header, *lines = [json.loads(line) for line in traces_of(output).read_text().splitlines()]
-  assert header["settings"]["params"] == "chain_warm_start.safetensors" and header["settings"]["samples"] == SAMPLES
+  assert header["settings"]["params"] == "chain/warm_start.safetensors" and header["settings"]["samples"] == SAMPLES
   assert [(line["prompt"], line["sample"]) for line in lines] == [(p, s) for p in range(6) for s in range(SAMPLES)]
-  task = tasks.make_task(**config_lib.task_options(tiny(), "eval"))
+  task = Experiment(tiny()).held_out
   for line in lines:
     assert line["reward"] == float(line["answer"] == task[line["prompt"]].answer)
     assert 1 <= line["length"] <= 56 and line["truncated"] == (line["answer"] is None)
@@ -139,14 +137,13 @@ def test_traces_are_every_sample_of_every_prompt_as_judged(whole):
 def test_train_evaluates_the_same_traces(whole):
   """With the key that experiments/train.py gives it, `evaluation.evaluate` has the figures of evaluate.py."""
   config = tiny()
-  task = tasks.make_task(**config_lib.task_options(config, "eval"))
-  model = config_lib.model_config(config, len(task.tokenizer))
-  mesh = sharding.make_mesh()
+  experiment = Experiment(config)
   start_key, eval_key = jax.random.split(jax.random.key(config.seed))
-  params = start_params(config.initial_params, model, mesh, start_key)
+  params = experiment.start_params(start_key)
   result = evaluation.evaluate(
-    params, model, task, mesh, eval_key, num_prompts=6, samples=SAMPLES, rows=8, **train.rollout_options(config)
-  )
+    params, experiment.model, experiment.held_out, experiment.codec, experiment.mesh, eval_key, num_prompts=6,
+    samples=SAMPLES, rows=8, max_prompt_tokens=config.rollout.max_prompt_tokens, **experiment.sampling_options,
+  )  # fmt: skip
   figures, _ = whole
   assert result["eval/pass@1"] == pytest.approx(figures["k"]["1"]["pass"], abs=1e-6)
   assert result["eval/length"] == pytest.approx(figures["length"], abs=0.01)
@@ -223,8 +220,7 @@ def test_what_fills_the_last_batch_up_is_left_out(whole, tmp_path, monkeypatch):
   monkeypatch.setattr(sampling, "sample", watched)
   evaluate.run(tiny(), None, samples=SAMPLES, output=output)
   (last,) = rollouts
-  task = tasks.make_task(**config_lib.task_options(tiny(), "eval"))
-  answers = [verifiers.answer_of(text) for text in judging.trace_texts(task, last)]
+  answers = list(map(verifiers.answer_of, Experiment(tiny()).codec.responses(last)))
   assert [json.loads(line)["answer"] for line in lines[17:]] == answers[:2]
   assert len(set(answers)) > 1  # All eight rows are of one prompt.
 
@@ -268,7 +264,7 @@ def test_what_cannot_be_evaluated_is_said(tmp_path):
   with pytest.raises(ValueError, match="no work directory of experiments/train"):
     evaluate.run(config, tmp_path / "nowhere", samples=1, output=output)
   assert not (tmp_path / "nowhere").exists()
-  train.claim_workdir(tmp_path / "run", config, "test", resume=True)
+  workdir_lib.claim(tmp_path / "run", config, "test").close()
   with pytest.raises(ValueError, match="holds no checkpoint yet"):
     evaluate.run(config, tmp_path / "run", samples=1, output=output)
   config.model.num_layers = 3
@@ -285,11 +281,25 @@ def test_what_cannot_be_evaluated_is_said(tmp_path):
 
 
 def test_first_must_begin_a_batch():
-  task = tasks.make_task(**config_lib.task_options(tiny(), "eval"))
+  experiment = Experiment(tiny())
   batches = evaluation.judged_batches(
-    None, None, task, None, None, num_prompts=6, samples=3, rows=8, first=4, **train.rollout_options(tiny())
-  )
+    None, None, experiment.held_out, None, None, None, num_prompts=6, samples=3, rows=8, first=4,
+    max_prompt_tokens=18, **experiment.sampling_options,
+  )  # fmt: skip
   with pytest.raises(ValueError, match=r"first=4 must be a multiple of evaluation.rows=8"):
+    next(batches)
+
+
+@pytest.mark.parametrize("prompts", [0, 11])
+def test_prompts_must_be_there(prompts):
+  config = tiny()
+  config.task.options.size = 10
+  experiment = Experiment(config)
+  batches = evaluation.judged_batches(
+    None, None, experiment.held_out, None, None, None, num_prompts=prompts, samples=3, rows=8, max_prompt_tokens=18,
+    **experiment.sampling_options,
+  )  # fmt: skip
+  with pytest.raises(ValueError, match=rf"evaluation\.num_prompts={prompts} must lie in \[1, 10\]"):
     next(batches)
 
 

@@ -14,6 +14,7 @@ from rredcot_jax.credit import value_head
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.ops import types
+from rredcot_jax.train.experiment import Experiment
 
 OPTIMIZER = value_head.make_optimizer(learning_rate=0.05)
 
@@ -75,6 +76,11 @@ def test_a_run_resumes_with_its_critic_bit_for_bit(tmp_path):
   (ours, data), (theirs, expected) = (saved_params(tmp_path / name, 4, config) for name in ("resumed", "whole"))
   assert data == expected
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  # A configuration without a critic reads the policy of a run with one.
+  config.credit.mode = "uniform"
+  step, params = Experiment(config).restore_params(tmp_path / "whole")
+  assert step == 4
+  jax.tree.map(np.testing.assert_array_equal, params, theirs.params)
   # What the critic has learnt is in the checkpoint, and goes on from there.
   assert isinstance(ours.learnt, value_head.Critic)
   assert 0 < np.abs(between.learnt.head.weight).max() and (between.learnt.head.weight != ours.learnt.head.weight).any()
