@@ -227,11 +227,12 @@ def test_one_that_fails_says_why_to_all_others(port, failing):
     own = []
     all_peers[failing].when_lost(own.append)
     all_peers[failing].fail("SaveFailed: no room")
-    die(all_peers[failing])
     for one in all_peers:
       if one.me != failing:
         assert one.wait_for_loss(SECONDS) == f"process {failing} of 3 failed: SaveFailed: no room"
+    time.sleep(0.3)
     assert own == []  # What it is told of its own failure is no news.
+    die(all_peers[failing])
 
 
 def test_leaving_in_good_order_is_no_loss_but_nobody_waits_for_who_has_left(port):

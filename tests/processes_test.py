@@ -3,6 +3,7 @@
 import dataclasses
 import http.server
 import json
+import os
 import re
 import shutil
 import signal
@@ -362,10 +363,10 @@ def mistakes(case, directory):
   if case == "code":
     return {"each": [{}, {"environment": {"PYTHONPATH": changed_code(directory)} | SOON}]}, r"code \('\w+' on process 0"
   if case == "refused configuration":
-    refused = r"num_steps=0 must be at least 1"
+    refused = r"num_steps=0 must be"
     return {"each": [{}, {"flags": ["--config.num_steps=0"]}]}, refused
   if case == "refused on the first":
-    return {"each": [{"flags": ["--config.num_steps=0"]}, {}]}, r"num_steps=0 must be at least 1"
+    return {"each": [{"flags": ["--config.num_steps=0"]}, {}]}, r"num_steps=0 must be"
   if case == "twice":
     return {"ids": [0, 1, 1]}, r"two processes say that they are process 1: \S+, pid \d+, and \S+, pid \d+"
   if case == "out of range":
@@ -421,6 +422,98 @@ def test_a_work_directory_that_is_not_shared_is_noticed(tmp_path):
   ends = run_processes(tmp_path / "runs" / "run", [NO_FATE] * 2, {}, each=[{}, {"prefix": private}])
   for status, text, _ in ends:
     assert status == 1 and "which must be on storage that all of them share: run.lease" in text, text[-3000:]
+
+
+# ---- Two hosts, one of which is cut off ------------------------------------------------------
+
+
+class Hosts:
+  """Two hosts with a cable between them: network namespaces, each with its own address for the machine's name."""
+
+  def __init__(self, directory):
+    self.names = [f"rredcot-{os.getpid()}-{me}" for me in range(2)]
+    self.addresses, self.prefixes = ["10.77.0.1", "10.77.0.2"], []
+    self._ends = [f"rr{os.getpid() % 10**6}-{me}" for me in range(2)]
+    self._far_end = ["-n", self.names[1], "link", "set", self._ends[1]]
+    for me, name in enumerate(self.names):
+      (directory / f"hosts-{me}").write_text(f"127.0.0.1 localhost\n{self.addresses[me]} {socket.gethostname()}\n")
+      with_hosts = f'mount --bind {directory / f"hosts-{me}"} /etc/hosts && exec "$@"'
+      self.prefixes.append(["ip", "netns", "exec", name, "sh", "-c", with_hosts, "sh"])
+
+  def set_up(self):
+    for name in self.names:
+      self._ip("netns", "add", name)
+    self._ip("link", "add", self._ends[0], "type", "veth", "peer", "name", self._ends[1])
+    for name, end, address in zip(self.names, self._ends, self.addresses):
+      self._ip("link", "set", end, "netns", name)
+      self._ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
+      for link in (end, "lo"):
+        self._ip("-n", name, "link", "set", link, "up")
+
+  def _ip(self, *words):
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+      raise PermissionError(done.stderr.strip())
+
+  def cut(self):
+    self._ip(*self._far_end, "down")
+
+  def mend(self):
+    self._ip(*self._far_end, "up")
+
+  def remove(self):
+    for name in self.names:
+      subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+@pytest.fixture
+def hosts(tmp_path):
+  hosts = Hosts(tmp_path)
+  try:
+    hosts.set_up()
+    yield hosts
+  except (PermissionError, FileNotFoundError) as error:
+    pytest.skip(f"network namespaces are not permitted here: {error}")
+  finally:
+    hosts.remove()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("place", ["update", "save"])
+def test_a_host_cut_off_ends_both_within_the_heartbeat_and_the_run_goes_on(tmp_path, whole, hosts, place):
+  directory = tmp_path / "run"
+  flags = ["--num_processes=2", "--config.mesh.data=1", "--config.mesh.fsdp=4"]
+
+  def started(fates):
+    flags_now = [f"--coordinator={hosts.addresses[0]}:{free_port()}", *flags]
+    return [
+      process_run.Started(directory, fate, [*flags_now, f"--process_id={me}"], prefix=hosts.prefixes[me])
+      for me, fate in enumerate(fates)
+    ]
+
+  both = started([NO_FATE, ("WAIT", place, "2")])
+  try:
+    process_run.wait_for(lambda: "waiting to be told" in both[1].text or any(one.poll() for one in both))
+    hosts.cut()
+    cut_at = time.monotonic()
+    process_run.wait_for(lambda: all([one.poll() for one in both]))
+  finally:
+    for one in both:
+      one.end()
+  for me, one in enumerate(both):
+    assert one.status == processes.LOST, one.text[-3000:]
+    assert f"process {1 - me} of 2 is lost (the connection to it broke: Connection timed out)" in one.text
+    assert one.ended_at - cut_at < process_run.HEARTBEAT_SECONDS + 5
+  hosts.mend()
+  both = started([NO_FATE, NO_FATE])
+  try:
+    process_run.wait_for(lambda: all([one.poll() for one in both]))
+  finally:
+    for one in both:
+      one.end()
+  assert [one.status for one in both] == [0, 0], both[0].text[-3000:]
+  assert "cannot be read" not in both[0].text
+  check_same_run(directory, whole, process_run.get_config())
 
 
 # ---- Whose rows are whose --------------------------------------------------------------------

@@ -72,7 +72,8 @@ def test_the_directory_above_counts_too_and_home_is_found(tmp_path, monkeypatch)
 
 def test_a_new_directory_says_whose_it_is_and_is_taken_up_again(tmp_path):
   prints = {"corpus": "c", "code": "x"}
-  with claim(tmp_path / "new" / "run", fingerprints=prints):
+  with claim(tmp_path / "new" / "run", fingerprints=prints) as mine:
+    assert mine.fingerprints == prints
     held = workdir.read(tmp_path / "new" / "run")
   assert held["format"] == workdir.FORMAT and held["command"] == "python train.py" and held["fingerprints"] == prints
   assert held["version"] == workdir.version() != "unknown"

@@ -59,7 +59,10 @@ def run(
   prompts = batching.prompt_iterator(task, config.rollout.prompts_per_step, config.seed, usable)
 
   # ---- State on the mesh: the newest checkpoint's, or the start ----------------------------
-  saver = checkpoint.Checkpointer(workdir / "checkpoints", on_failure=config.checkpoint.on_failure)
+  saver = checkpoint.Checkpointer(
+    workdir / "checkpoints", on_failure=config.checkpoint.on_failure,
+    fingerprints=None if claim is None else claim.fingerprints,
+  )  # fmt: skip
   restored = saver.restore_latest(experiment.abstract_state)
   # A restart reads the checkpoint alone, unless the KL term compares with the starting policy.
   kl_params = experiment.start_params(policy_key) if config.loss.kl != "off" else None

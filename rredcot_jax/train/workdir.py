@@ -206,6 +206,7 @@ def claim(
   except BaseException:
     claimed.close()
     raise
+  claimed.fingerprints = prints
   return claimed
 
 
@@ -343,6 +344,7 @@ class Claim:
     self._path, self._lock, self._over = workdir, -1, threading.Event()
     self._lost = ""
     self.token = ""
+    self.fingerprints: dict[str, str] = {}  # Of what the run is made from; for its checkpoints.
     if not holds:
       return
     if workdir in _held:  # Closing any descriptor of a locked file releases the lock.
