@@ -22,6 +22,7 @@ setuptools.setup(
   extras_require={
     # Models, tasks, training, studies and reports.
     "experiments": [
+      "jaxlib>=0.10",
       "flax>=0.12.1",
       "optax>=0.2.6",
       "orbax-checkpoint>=0.11.28",

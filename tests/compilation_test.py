@@ -7,7 +7,6 @@ import jax
 import pytest
 import train
 
-from rredcot_jax.data import datasets
 from rredcot_jax.train import config as config_lib
 from rredcot_jax.train import metrics, train_step
 
@@ -28,8 +27,6 @@ def shrunk(name, cache_dir):
   config.model.update(SMALL | {"vocab_size": 0, "max_positions": 0})
   config.initial_params = ""
   for task in (config.task, config.evaluation.task):
-    if "tokenizer_dir" in task.options:
-      task.options.tokenizer_dir = str(datasets.TOKENIZER_DIR)
     if "data_dir" in task.options:
       task.options.data_dir = str(ROOT / "tests" / "data")
       task.options.cache_dir = str(cache_dir)
