@@ -10,7 +10,6 @@ which takes minutes and shows what the page looks like.
 
 from ml_collections import ConfigDict
 
-from rredcot_jax.credit import attribution
 from rredcot_jax.study import estimators
 from rredcot_jax.train.config import add_study, default_config, options_of
 
@@ -34,7 +33,7 @@ def get_config(arg: str = "full") -> ConfigDict:
   study.rows_at_once = 32
   study.integration_steps = 32
   study.resamples = 300
-  study.methods = (*estimators.SCORED, "monte_carlo", *attribution.ATTRIBUTIONS, "grpo", "random")
+  study.methods = estimators.METHODS
   study.segmentations = ("stride", "uniform", "entropy", "probability", "sentence", "hybrid", "whole")
   study.segmentation_prompts = 8
   study.segmentation_traces = 1

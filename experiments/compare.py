@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from rredcot_jax.model import decoder
 from rredcot_jax.ops.names import check_option
 from rredcot_jax.report import comparison, files, page, records
-from rredcot_jax.train import launch, loop, validation
+from rredcot_jax.train import differences, launch, loop, validation
 from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
 
@@ -47,8 +47,9 @@ def main(_: Any) -> None:
           path = f"{FILE.value}:{module.METHODS[name]}"
           overrides = f" --config.seed={seed} --config.optimizer.learning_rate={config.optimizer.learning_rate}"
           command = f"python experiments/train.py --config {path}{overrides} --workdir {workdir}"
-          workdir_lib.claim(workdir, config, command, resume=True)
-          loop.run(config, workdir)
+          prints = Experiment(config).fingerprints()
+          with workdir_lib.claim(workdir, config, command, fingerprints=prints) as claim:
+            loop.run(config, workdir, claim=claim)
   if RATES.value:
     figures: dict[str, Any] = tuned(module, chosen, root)
   else:
@@ -72,10 +73,18 @@ def make_run(
 
 
 def finished(workdir: pathlib.Path, config: ConfigDict) -> bool:
-  """Whether the run has its last evaluation; a directory of another configuration is refused by `workdir.claim`."""
+  """Whether the run has its last evaluation.
+
+  Raises:
+    ValueError: if the directory holds a run of another configuration.
+  """
   if not (workdir / "metrics.jsonl").is_file():
     return False
-  workdir_lib.claim(workdir, config, "", resume=True)
+  differing = differences.run_differences(workdir_lib.read(workdir)["config"], json.loads(json.dumps(config.to_dict())))
+  if differing:
+    raise ValueError(
+      f"{workdir} holds a run of another configuration: {', '.join(differing)}. Choose another --workdir."
+    )
   try:
     lines = records.read_metrics(workdir / "metrics.jsonl")
   except ValueError:  # Killed before its first evaluation.

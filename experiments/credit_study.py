@@ -41,8 +41,9 @@ _TRACES, _TRUTH, _ESTIMATES, _GRADIENTS = range(4)
 def main(_: Any) -> None:
   config, workdir, command = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), launch.command()
   validate(config)
-  workdir_lib.claim(workdir, config, command, resume=True)
-  print(json.dumps(run(config, workdir, command)))
+  prints = Experiment(config).fingerprints(("eval",))
+  with workdir_lib.claim(workdir, config, command, fingerprints=prints):
+    print(json.dumps(run(config, workdir, command)))
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, command: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from rredcot_jax.report import comparison, page, statistics
 from rredcot_jax.train import launch, loop, validation
 from rredcot_jax.train import workdir as workdir_lib
+from rredcot_jax.train.experiment import Experiment
 
 GRPO = config_flags.DEFINE_config_file("grpo", "configs/demo.py:grpo", "The baseline.", lock_config=True)
 RREDCOT = config_flags.DEFINE_config_file("rredcot", "configs/demo.py:rredcot", "The method.", lock_config=True)
@@ -39,8 +40,9 @@ def main(_: Any) -> None:
       workdir = root / f"{name.lower()}-{seed}"
       file = config_flags.get_config_filename(flags.FLAGS[name.lower()])
       command = f"python experiments/train.py --config {file} --config.seed={seed}"
-      workdir_lib.claim(workdir, config, f"{command} --workdir {workdir}", resume=True)
-      loop.run(config, workdir)
+      prints = Experiment(config).fingerprints()
+      with workdir_lib.claim(workdir, config, f"{command} --workdir {workdir}", fingerprints=prints) as claim:
+        loop.run(config, workdir, claim=claim)
       runs[name].append(workdir)
 
   results = {name: [comparison.read_run(path) for path in paths] for name, paths in runs.items()}

@@ -73,6 +73,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
     "params": str(workdir or config.initial_params),
     "step": step,
     "task": experiment.task_options("eval"),
+    "contents": {name: digest for name, digest in experiment.fingerprints(("eval",)).items() if name != "code"},
     "num_prompts": num_prompts,
     "samples": samples,
     "rows": rows,

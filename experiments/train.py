@@ -16,6 +16,7 @@ from rredcot_jax.parallel import processes
 from rredcot_jax.report import page
 from rredcot_jax.train import launch, loop, validation
 from rredcot_jax.train import workdir as workdir_lib
+from rredcot_jax.train.experiment import Experiment
 
 RESUME = flags.DEFINE_bool("resume", True, "Resume the run that the work directory holds.")
 STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Exit status of a run that was told to stop, and saved.")
@@ -26,7 +27,8 @@ def main(_: Any) -> None:
   workdir = workdir_lib.check_path(launch.WORKDIR.value)
   launch.join_processes(config, workdir, lambda: validation.validate(config))
   with processes.StopNotice() as notice, processes.stops_with_the_others(command):
-    fingerprints = {"code": workdir_lib.hash_of_code()}
+    # What a configuration names is made before anything is written, so that what is refused leaves nothing behind.
+    fingerprints = Experiment(config).fingerprints()
     with workdir_lib.claim(workdir, config, command, resume=RESUME.value, fingerprints=fingerprints) as claim:
       finished = loop.run(config, workdir, notice=notice, claim=claim)
   if not finished:

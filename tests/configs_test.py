@@ -11,16 +11,16 @@ import evaluate
 import jax
 import numpy as np
 import pytest
-import train
 import transformers
 
-from rredcot_jax.data import chain, datasets, encoding, reasoning_gym, tasks
+from rredcot_jax.data import chain, datasets, reasoning_gym
 from rredcot_jax.model import decoder, export, huggingface, sampling
 from rredcot_jax.model.config import SIZES, ModelConfig
 from rredcot_jax.model.tokenizer import load_tokenizer
 from rredcot_jax.report import records
-from rredcot_jax.train import checkpoint, train_step
 from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import initial, loop, train_step, validation
+from rredcot_jax.train.experiment import Experiment, credit_rule, loss_options, optimizer_options
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
@@ -102,9 +102,8 @@ def test_the_documented_options_are_the_options(name, monkeypatch):
 def test_every_option_makes_a_valid_configuration(name):
   banks, modes = set(), set()
   for arg, config in configs(name):
-    config_lib.validate(config)
-    config_lib.credit_rule(config), config_lib.bank_options(config), config_lib.loss_options(config)
-    config_lib.segmentation_options(config), config_lib.optimizer_options(config)
+    validation.validate(config)
+    credit_rule(config), validation.bank_options(config), loss_options(config), optimizer_options(config)
     if "method=rredcot" in arg:
       modes.add(config.credit.mode)
       banks.add(config.credit.bank)
@@ -125,7 +124,7 @@ def test_tasks_know_their_options(name):
   kinds = {"chain": chain.Chain, "dataset": datasets.Dataset, "reasoning_gym": reasoning_gym.ReasoningGym}
   for _, config in configs(name):
     for split in ("train", "eval"):
-      options = config_lib.task_options(config, split)
+      options = Experiment(config).task_options(split)
       kind, _, corpus = options.pop("name").partition("/")
       inspect.signature(kinds[kind]).bind(*([corpus] if corpus else []), **options)
       if kind == "dataset":
@@ -135,7 +134,7 @@ def test_tasks_know_their_options(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_the_ones_they_are_named_after(name):
   for _, config in configs(name):
-    model = config_lib.model_config(config, config.model.vocab_size)
+    model = Experiment(config).model
     assert model.sizes() == SIZES[MODELS[name]].sizes()
     assert decoder.num_params(model) == NUM_PARAMS[MODELS[name]]
   assert all(config.model.vocab_size == 0 for other in FILES.keys() - MODELS for _, config in configs(other))
@@ -163,9 +162,10 @@ def test_docstrings_figures_are_the_configurations(name):
 @pytest.mark.parametrize("name", ["qwen3_4b_numina_math", "r1_distill_1p5b_open_rs"])
 def test_the_chosen_benchmark_is_what_is_held_out(name, benchmark):
   config = load(name).get_config(f"eval={benchmark}")
-  assert config_lib.task_options(config, "eval")["name"] == f"dataset/{benchmark}"
-  assert config_lib.task_options(config, "train")["name"] != f"dataset/{benchmark}"
-  prompt = {config_lib.task_options(config, split)["instruction"] for split in ("train", "eval")}
+  options = Experiment(config).task_options
+  assert options("eval")["name"] == f"dataset/{benchmark}"
+  assert options("train")["name"] != f"dataset/{benchmark}"
+  prompt = {options(split)["instruction"] for split in ("train", "eval")}
   assert len(prompt) == 1 and "\\boxed{}" in prompt.pop()
 
 
@@ -179,7 +179,7 @@ TRACE_TOKENS = 24
 def trained(tmp_path_factory):
   """One step of training from a random checkpoint: (config, workdir, what was seen on the way)."""
   root = tmp_path_factory.mktemp("pass")
-  tokenizer = load_tokenizer(datasets.TOKENIZER_DIR)
+  tokenizer = load_tokenizer(initial.locate("gsm_symbolic"))
   sizes = {"width": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "mlp_width": 64}
   model = ModelConfig(vocab_size=len(tokenizer), **sizes)
   export.save(model, decoder.init(model, jax.random.key(3)), root / "start", tokenizer=tokenizer)
@@ -189,8 +189,8 @@ def trained(tmp_path_factory):
   config.initial_params = str(root / "start")
   config.task.name = "dataset/gsm8k"
   config.task.options.update(
-    data_dir=str(ROOT / "tests" / "data"), cache_dir=str(root / "cache"), tokenizer_dir=str(root / "start"),
-    matcher="numeric", instruction="Answer with a number.",
+    data_dir=str(ROOT / "tests" / "data"), cache_dir=str(root / "cache"), matcher="numeric",
+    instruction="Answer with a number.",
   )  # fmt: skip
   config.num_steps = 1
   config.optimizer.warmup_steps = 0
@@ -208,19 +208,22 @@ def trained(tmp_path_factory):
   config.evaluation.num_prompts = 4
   config.evaluation.samples = 2
   config.evaluation.rows = 8
-  config_lib.validate(config)
+  validation.validate(config)
 
   seen = {"rollouts": [], "batches": [], "decoded": set(), "encoded": []}
   with pytest.MonkeyPatch.context() as patch:
     watch(patch, seen)
-    train.claim_workdir(root / "run", config, "test", resume=True)
-    train.run(config, root / "run")
+    # What is checked before a run decodes references, which are encoded for the banks.
+    patch.setattr(preflight, "check_references", lambda *_: None)
+    patch.setattr(preflight, "differing_pieces", lambda *_: None)
+    with workdir_lib.claim(root / "run", config, "test", resume=True):
+      loop.run(config, root / "run")
   return config, root / "run", seen
 
 
 def watch(patch, seen):
   """Notes what is sampled, decoded, encoded and trained on."""
-  sample, compile_steps = sampling.sample, train_step.compile_steps
+  sample, compile_updates = sampling.sample, train_step.compile_updates
   tokenizer = transformers.PreTrainedTokenizerFast
   decode, encode, call = tokenizer.decode, tokenizer.encode, tokenizer.__call__
 
@@ -230,7 +233,7 @@ def watch(patch, seen):
     return rollout, cache
 
   def noting_steps(*args, **kwargs):
-    steps = compile_steps(*args, **kwargs)
+    steps = compile_updates(*args, **kwargs)
     return steps._replace(update=lambda state, batch, *rest: note_batch(batch) or steps.update(state, batch, *rest))
 
   def note_batch(batch):
@@ -243,7 +246,7 @@ def watch(patch, seen):
     return text
 
   patch.setattr(sampling, "sample", noting_sample)
-  patch.setattr(train_step, "compile_steps", noting_steps)
+  patch.setattr(train_step, "compile_updates", noting_steps)
   patch.setattr(tokenizer, "decode", noting_decode)
   patch.setattr(tokenizer, "encode", lambda self, t, *a, **k: seen["encoded"].append(t) or encode(self, t, *a, **k))
   patch.setattr(tokenizer, "__call__", lambda self, t, *a, **k: seen["encoded"].append(t) or call(self, t, *a, **k))
@@ -260,8 +263,9 @@ def test_training_on_a_users_checkpoint_and_corpus(trained):
   assert step["credit/dropped_completions"] == 0
   (batch,) = seen["batches"]
   assert np.abs(batch.advantages[batch.mask]).max() > 0
-  task = tasks.make_task(**config_lib.task_options(config, "train"))
-  prompts = {encoding.decode(task.tokenizer, row[kept]) for row, kept in zip(batch.prompt_tokens, batch.prompt_mask)}
+  experiment = Experiment(config)
+  task, codec = experiment.train_task, experiment.codec
+  prompts = {codec.decode(row[kept]) for row, kept in zip(batch.prompt_tokens, batch.prompt_mask)}
   assert prompts <= {f"{example.question}<think>" for example in task} and len(prompts) == 4
   assert all("\nAnswer with a number.<think>" in prompt for prompt in prompts)
 
@@ -288,10 +292,8 @@ def test_evaluating_what_was_trained(trained, tmp_path, monkeypatch):
 
 def test_evaluate_restores_the_run_and_not_its_start(trained):
   config, workdir, _ = trained
-  start_model, start = huggingface.load(config.initial_params)
-  step, params = checkpoint.restore_run(
-    workdir, start_model, train.sharding.make_mesh(), vocab_size=start_model.vocab_size
-  )
+  _, start = huggingface.load(config.initial_params)
+  step, params = Experiment(config).restore_params(workdir)
   assert step == 1
   moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), start, params)
   # One step of Adam moves what has a gradient by the learning rate.
@@ -308,9 +310,9 @@ def test_the_ids_trained_on_are_the_ids_sampled(trained):
     np.testing.assert_array_equal(getattr(batch, name), getattr(rollout, name))
   np.testing.assert_array_equal(batch.old_log_probs, rollout.log_probs)
   # The test can fail: this policy writes what the tokenizer would not.
-  tokenizer = load_tokenizer(config.task.options.tokenizer_dir)
+  codec = Experiment(config).codec
   rows = [row[kept].tolist() for row, kept in zip(rollout.tokens, rollout.mask)]
-  again = [tokenizer.encode(encoding.decode(tokenizer, row), add_special_tokens=False) for row in rows]
+  again = [codec.tokenizer.encode(codec.decode(row), add_special_tokens=False) for row in rows]
   assert all(row != other for row, other in zip(rows, again))
 
 

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from rredcot_jax.data import reasoning_gym as task
 from rredcot_jax.data.encoding import THINK_CLOSE, THINK_OPEN
+from rredcot_jax.train import initial
 
 PAD = "<pad>"
 EOS = "<eos>"
@@ -29,7 +30,7 @@ def main() -> None:
   parser.add_argument("--dataset", default="gsm_symbolic")
   parser.add_argument("--examples", type=int, default=20_000, help="items generated, both splits together")
   parser.add_argument("--vocab_size", type=int, default=1024)
-  parser.add_argument("--output", type=pathlib.Path, default=task.TOKENIZER_DIR)
+  parser.add_argument("--output", type=pathlib.Path, default=initial.ASSETS / "gsm_symbolic")
   args = parser.parse_args()
 
   tokenizer = train(texts(args.dataset, args.examples), args.vocab_size)

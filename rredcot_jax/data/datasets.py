@@ -214,6 +214,7 @@ class Dataset:
     )
     self.name = f"dataset/{dataset}"
     self.aligned = aligned
+    self.fingerprint: str = builder.builder_config.name.rpartition("-")[2]  # Of the files' contents.
     self.counts: dict[str, int] = dict(builder.info.metadata)
     self._match = names.resolve("task.options.matcher", matcher, verifiers.VERIFIERS)
     self._format_weight = format_weight

@@ -32,6 +32,7 @@ class Task(Protocol):
     `teacher_trace(example, rng) -> Trace`, a trace to imitate in a supervised warm start; else the reference is.
     `first_wrong_step(example, text) -> int | None`, the line of the thought in which the first mistake was made.
     `answer_stated(example, text) -> bool`, whether the beginning `text` of a trace has stated its answer.
+    `fingerprint: str`, a hash of the examples, where they come from files: a run is not resumed with another one.
     `aligned: bool`, whether a thought follows the reference solution line by line, so that the `suffix` bank can go
       on with the reference from where a thought stands; False where it is missing.
   """

@@ -91,6 +91,23 @@ class Experiment:
     task = config.evaluation.task if split == "eval" and config.evaluation.task.name else config.task
     return {"name": task.name, "split": split, **task.options.to_dict()}
 
+  def fingerprints(self, splits: Sequence[str] = ("train", "eval")) -> dict[str, str]:
+    """Hashes of what a run is made from, by name: a path in the configuration does not say what lies there.
+
+    "code", "tokenizer" (with its chat template), "start" (the starting parameters, where there are any), and
+    "train" and "eval" (the rows of a task that has a `fingerprint`).
+    """
+    loaded = self.codec.tokenizer
+    described = [loaded.backend_tokenizer.to_str(), loaded.chat_template if self.codec.chat else None]
+    prints = {"code": workdir_lib.hash_of_code(), "tokenizer": workdir_lib.hash_of_values(described)}
+    if self.config.initial_params:
+      prints["start"] = workdir_lib.hash_of_files([initial.locate(self.config.initial_params)])
+    for split in splits:
+      task = self.train_task if split == "train" else self.held_out
+      if hasattr(task, "fingerprint"):
+        prints[split] = task.fingerprint
+    return prints
+
   # ---- Model and meshes --------------------------------------------------------------------
 
   @functools.cached_property

@@ -52,7 +52,8 @@ def differing_pieces(task: Task, codec: Codec) -> str | None:
   if not example.answer:
     return None
   ours = codec.trace_ids(Trace(example.steps, example.answer))[:-1]
-  theirs = codec.tokenizer.encode(codec.decode(ours), add_special_tokens=False)
+  whole = "".join(example.steps) + codec.layout.exit + codec.layout.write(example.answer)
+  theirs = codec.tokenizer.encode(whole, add_special_tokens=False)
   if theirs == ours:
     return None
   same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
