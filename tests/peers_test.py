@@ -5,6 +5,7 @@ import contextlib
 import functools
 import re
 import socket
+import sys
 import threading
 import time
 
@@ -244,6 +245,15 @@ def test_leaving_in_good_order_is_no_loss_but_nobody_waits_for_who_has_left(port
     assert hub.wait_for_loss(0.5) == "" and heard == []
     with pytest.raises(peers.Lost, match="process 1 of 2 left where the others came to 'x'"):
       hub.consult("x", "", "".join, seconds=None)
+
+
+def test_a_message_that_cannot_be_printed_keeps_nobody_from_ending(monkeypatch):
+  with open("/dev/full", "w") as full:
+    monkeypatch.setattr(sys, "stderr", full)
+    peers.note("process 0 stops")
+    monkeypatch.undo()
+    with contextlib.suppress(OSError):
+      full.close()
 
 
 def test_what_nobody_can_read_is_a_loss(port):

@@ -138,7 +138,7 @@ class Peers:
         raise Refused(f"{missing} of {self.count} did not come to {about!r} within {seconds:g} s: {_ALIKE}")
       if said is not None and now > noted:
         noted = now + _NOTE_SECONDS
-        _note(f"waiting for {missing} of {self.count} ({about})")
+        note(f"waiting for {missing} of {self.count} ({about})")
       self._news.wait(0.5)
 
   # ---- Loss ----------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def meet(
   if not refusal and not 0 <= me < count:
     refusal = f"process_id={me} is none of 0 to {count - 1}, the ids of {count} processes."
   if refusal:
-    _note(refusal)
+    note(refusal)
   hello = {"process": me, "count": count, "refusal": refusal, "where": f"{socket.gethostname()}, pid {os.getpid()}"}
   if me == 0:
     sockets = _listen(host, port, hello, seconds)
@@ -294,7 +294,7 @@ def _listen(host: str, port: int, hello: Mapping[str, Any], seconds: float) -> d
         break
       if now > noted:
         noted = now + _NOTE_SECONDS
-        _note(f"waiting for {_names(meeting.missing)} of {meeting.count} at {host}:{port}")
+        note(f"waiting for {_names(meeting.missing)} of {meeting.count} at {host}:{port}")
       meeting.wait(listener)
   return meeting.close()
 
@@ -500,5 +500,7 @@ def _names(processes: set[int] | Sequence[int]) -> str:
   return f"processes {', '.join(numbers[:-1])} and {numbers[-1]}"
 
 
-def _note(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
+def note(text: str) -> None:
+  """Prints to stderr, where it can: a process whose log is on a full disk must end all the same."""
+  with contextlib.suppress(OSError, ValueError):
+    print(text, file=sys.stderr, flush=True)

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import signal
-import sys
 import threading
 import traceback
 import urllib.request
@@ -308,7 +307,7 @@ def stops_with_the_others(command: str) -> Iterator[None]:
     _peers.leave()
     raise
   except peers.Refused as error:
-    print(f"{_me()} stops: {error}", file=sys.stderr, flush=True)
+    peers.note(f"{_me()} stops: {error}")
     _peers.leave(seconds=3.0)  # JAX aborts a process that still reads from one that has ended.
     os._exit(1)
   except BaseException as error:
@@ -317,9 +316,8 @@ def stops_with_the_others(command: str) -> Iterator[None]:
       lost = _peers.wait_for_loss(3.0)
       if lost or is_loss(error):
         _end_lost(command, lost or f"another process is lost ({_first_line(error)})")
-    traceback.print_exc()
     _peers.fail(_first_line(error))
-    print(f"{_me()} stops, and the others with it.", file=sys.stderr, flush=True)
+    peers.note(f"{traceback.format_exc()}{_me()} stops, and the others with it.")
     os._exit(1)
   else:
     _peers.leave()
@@ -330,11 +328,10 @@ _ending = threading.Lock()  # Taken once, by the thread that ends this process.
 
 def _end_lost(command: str, reason: str) -> None:
   with _ending:
-    print(
+    peers.note(
       f"{_me()} stops because another process of the run was lost: {reason}. Start all of them again, and they go on "
-      f"from the last checkpoint:\n  {command}",
-      file=sys.stderr, flush=True,
-    )  # fmt: skip
+      f"from the last checkpoint:\n  {command}"
+    )
     os._exit(LOST)
 
 
