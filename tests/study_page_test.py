@@ -57,7 +57,7 @@ def result():
     "ranking": {"pairs": 17, "methods": {"monte_carlo": [0.7, 0.6, 0.8]}},
     "localisation": {"first wrong step": located, "largest drop of the truth": nowhere},
     "gradient_variance": {
-      "groups": 2, "prompts": 3, "reference": "monte_carlo:difference", "fixed prompts": fixed,
+      "groups": 2, "prompts": 3, "unbiased": "monte_carlo:difference", "fixed prompts": fixed,
       "across prompts": {"grpo": {"useful_ratio": 1.0}},
     },
     "segmentation": {
@@ -217,7 +217,7 @@ def test_the_pages_figures_are_those_of_the_study(written, result, tmp_path):
     "Monte Carlo0.700 (0.600 to 0.800)",
     "first wrong step: 12 failed traces",
     "RREDCoT: suffix0.750 (0.500 to 1.000)GRPO0.250chance0.200 (0.100 to 0.300)",
-    "3 prompts, 2 groups each; reference monte_carlo:difference",
+    "3 prompts, 2 groups each; the policy gradient is that of Monte Carlo, difference",
     "RREDCoT: suffix, difference––0.500 (0.250 to 1.000)–0.100–",
     # Cut by, K, tokens a segment, merged, method, its Spearman and share, forward tokens, seconds.
     "uniform33.750RREDCoT: suffix0.600 (0.500 to 0.700)0.750 (0.500 to 1.000)12340.25",

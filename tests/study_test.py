@@ -14,10 +14,15 @@ from helpers import FAMILIES, params_of
 
 from rredcot_jax.credit import monte_carlo
 from rredcot_jax.data import batching, tasks
+from rredcot_jax.data.chain import make_example
+from rredcot_jax.data.encoding import Codec
 from rredcot_jax.model import scoring
+from rredcot_jax.model.tokenizer import load_tokenizer
 from rredcot_jax.ops import types
 from rredcot_jax.study import agreement, estimators, gradients, ground_truth
+from rredcot_jax.study import page as study_page
 from rredcot_jax.train import config as config_lib
+from rredcot_jax.train import initial
 
 # ---- Statistics --------------------------------------------------------------------------
 
@@ -70,7 +75,9 @@ def test_gradient_figures_recover_known_gaussians():
   prompts, groups, size = 400, 32, 30
   direction = np.zeros(size)
   direction[0] = 1.0
-  scales, means = np.array([1.0, 3.0, 0.5]), np.stack([direction, 3 * direction, np.roll(direction, 1)])
+  # The last is precise, but only a fifth of its mean lies along dJ.
+  aside = 0.2 * direction + np.sqrt(1 - 0.2**2) * np.roll(direction, 1)
+  scales, means = np.array([1.0, 3.0, 0.5]), np.stack([direction, 3 * direction, aside])
   draws = means + scales[:, None] * rng.normal(size=(prompts, groups, 3, size))
   same = np.einsum("pgad,pgbd->pab", draws, draws)
   sums = draws.sum(axis=1)
@@ -79,11 +86,25 @@ def test_gradient_figures_recover_known_gaussians():
   )  # fmt: skip
   np.testing.assert_allclose(found["variance"], size * scales**2, rtol=0.05)
   np.testing.assert_allclose(found["own"], [size, size, size / 4], rtol=0.2)
-  # Three times the scale is no difference; a precise mean in a direction across dJ is no signal.
-  assert found["useful_ratio"][1] == pytest.approx(1.0, rel=0.1)
-  assert not found["useful_ratio"][2] < 20
-  np.testing.assert_allclose(found["cosine_of_means"][:2], 1.0, atol=0.1)
-  np.testing.assert_allclose(found["cosine"][0], 1 / np.sqrt(1 + size), rtol=0.15)
+  # Three times the scale is no difference; what a precise mean has across dJ is no signal: 0.25 / 0.2^2 of noise.
+  np.testing.assert_allclose(found["useful_ratio"], [1, 1, 0.25 / 0.2**2], rtol=0.2)
+  np.testing.assert_allclose(found["own_ratio"], [1, 1, 0.25], rtol=0.1)
+  np.testing.assert_allclose(found["cosine_of_means"], [1, 1, 0.2], atol=0.02)
+  np.testing.assert_allclose(found["cosine"], [1, 1, 0.2] / np.sqrt(1 + size * np.array([1, 1, 0.25])), rtol=0.15)
+
+
+def test_gradient_figures_of_a_signal_lost_in_noise_are_no_numbers():
+  """Products of different groups that come out negative: whatever divides by them is NaN, and nothing else."""
+  same = np.array([[[4.0, 0.0], [0.0, 4.0]]])  # Of 2 groups: a mean of g.g of 2.
+  sums = same + np.array([[[2.0, -1.0], [-1.0, -3.0]]])  # I = 1, -1/2 and -3/2.
+  found = agreement.gradient_figures(same, sums, 2, baseline=0, reference=0)
+  np.testing.assert_allclose(found["variance"], [1, 3.5])
+  np.testing.assert_allclose(found["variance_ratio"], [1, 3.5])
+  for name in ("own", "own_ratio", "useful", "useful_ratio", "cosine_of_means"):
+    np.testing.assert_allclose(found[name], [1, np.nan])
+  np.testing.assert_allclose(found["cosine"], [1 / np.sqrt(2), -0.5 / np.sqrt(2)])
+  unknown = agreement.gradient_figures(same, sums, 2, baseline=0, reference=1)
+  assert all(np.isnan(unknown[name]).all() for name in ("useful", "cosine_of_means", "cosine"))
 
 
 # ---- Gradients and operations -------------------------------------------------------------
@@ -132,10 +153,10 @@ def test_products_of_gradients_are_those_of_gradients_taken_one_by_one(part):
 # ---- What is known of a trace -------------------------------------------------------------
 
 
-def traces_with(texts, examples, task, returns):
-  ids = [[*task.tokenizer.encode(text, add_special_tokens=False), task.tokenizer.eos_token_id] for text in texts]
-  tokens, mask = batching.pad(ids, 24, side="right", pad_id=task.tokenizer.pad_token_id, what="trace")
-  newline = batching.vocab_tables(task.tokenizer).newlines[tokens] > 0
+def traces_with(texts, examples, codec, returns):
+  ids = [[*codec.tokenizer.encode(text, add_special_tokens=False), codec.eos_id] for text in texts]
+  tokens, mask = batching.pad(ids, 24, side="right", pad_id=codec.pad_id, what="trace")
+  newline = tokens == codec.tokenizer.convert_tokens_to_ids("\n")
   before = np.cumsum(newline, axis=1) - newline
   ends = np.stack([
     [m.sum() if k >= n.sum() else np.flatnonzero(n)[k] + 1 for k in range(5)] for n, m in zip(newline, mask)
@@ -150,14 +171,12 @@ def traces_with(texts, examples, task, returns):
 
 
 def test_wrong_steps_stated_answers_and_shared_states():
-  task = tasks.make_task("chain", split="eval", num_steps=2)
-  from rredcot_jax.data.chain import make_example
-
+  task, codec = tasks.make_task("chain", split="eval", num_steps=2), Codec(load_tokenizer(initial.locate("chain")))
   example = make_example(3, ["+4", "*7"])  # 3+4=7, 7*7=9.
   texts = ["3+4=7\n7*7=9\n</think>9", "3+4=7\n7*7=8\n</think>8", "3+4=6\n6*7=2\n</think>2", "3+4=7\n</think>9"]
-  traces = traces_with(texts, [example] * 4, task, [1, 0, 0, 1])
-  np.testing.assert_array_equal(ground_truth.first_wrong_segments(task, traces), [-1, 1, 0, -1])
-  stated = ground_truth.answer_stated(task, traces)
+  traces = traces_with(texts, [example] * 4, codec, [1, 0, 0, 1])
+  np.testing.assert_array_equal(ground_truth.first_wrong_segments(task, codec, traces), [-1, 1, 0, -1])
+  stated = ground_truth.answer_stated(task, codec, traces)
   np.testing.assert_array_equal(stated[:2, :3], [[False, False, True]] * 2)
   states = ground_truth.States()
   of = states.of_segments(traces, [0, 0, 0, 1], range(4))
@@ -171,6 +190,7 @@ def test_wrong_steps_stated_answers_and_shared_states():
 def tiny(prompts=2):
   config = config_lib.default_config()
   config_lib.add_study(config)
+  config.tokenizer.path = "chain"
   config.task.options.num_steps = 2
   config.model.update(width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16)
   config.rollout.update(group_size=4, max_prompt_tokens=8, max_tokens=12)
@@ -214,7 +234,10 @@ def test_the_study_runs_resumes_and_writes_what_it_promises(tmp_path, monkeypatc
   assert set(result["spearman_difference"]) == set(config.study.methods)
   assert set(result["gradient_variance_over_grpo"]) == set(config.study.gradient_estimators)
   assert result["cost"]["monte_carlo"]["generated_tokens"] > 0 == result["cost"]["rredcot_suffix"]["generated_tokens"]
-  assert (tmp_path / "figures" / "summary.png").stat().st_size > 10_000
+  # The picture is of these figures; study_page_test.py holds it to what it draws of them.
+  summary = (tmp_path / "figures" / "summary.png").read_bytes()
+  study_page._save(study_page.summary_figure(result), tmp_path / "again.png")
+  assert (tmp_path / "again.png").read_bytes() == summary
   page = Tags((tmp_path / "study.html").read_text())
   assert not any(tag == "script" for tag, _ in page.found)
   assert all(a["src"].startswith("data:") for tag, a in page.found if tag == "img")

@@ -410,7 +410,10 @@ def _variance_section(variance: Mapping[str, Any]) -> dict[str, Any]:
   ]
   return {
     "heading": "d. Gradient variance",
-    "note": f"{variance['prompts']} prompts, {variance['groups']} groups each; reference {variance['reference']}",
+    "note": (
+      f"{variance['prompts']} prompts, {variance['groups']} groups each; "
+      f"the policy gradient is that of {label(variance['unbiased'])}"
+    ),
     "tables": [
       ("at fixed prompts", rows(variance["fixed prompts"], cell), True),
       ("across prompts", rows(variance["across prompts"], lambda x: x), True),
