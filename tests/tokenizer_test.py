@@ -300,6 +300,15 @@ def test_special_tokens_in_a_piece_are_text_unless_asked_for(name):
   assert tokenizer.encode_piece(ours, "a</s>b", special=True).count(end) == 1
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_piece_is_neither_cut_nor_padded(name):
+  ours = wrapped(name)
+  ours.backend_tokenizer.enable_truncation(3)
+  ours.backend_tokenizer.enable_padding(length=9)
+  assert ours.decode(tokenizer.encode_piece(ours, "ab cd ab cd")) == "ab cd ab cd"
+  assert len(tokenizer.encode_piece(ours, "a")) == 1
+
+
 # ---- Chat templates --------------------------------------------------------------------------
 
 MESSAGES = [{"role": "user", "content": "2 + 2? {{ 1 }} <eos>"}]
