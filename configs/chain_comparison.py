@@ -16,14 +16,13 @@ these other methods were not tuned.
 
 from ml_collections import ConfigDict
 
-from rredcot_jax.ops.banks import BANKS as _ALL_BANKS
 from rredcot_jax.train.config import default_config, options_of
 
 OTHERS = (
   "reinforce", "monte_carlo", "leave_one_out", "gradient_x_input", "integrated_gradients", "attention",
   "attention_rollout", "value_head",
 )  # fmt: skip
-BANKS = ("suffix", *(bank for bank in _ALL_BANKS if bank != "suffix"))
+BANKS = ("suffix", "answer", "solution", "rollouts")
 
 # What the comparison runs, by the name it has in tables and file names.
 METHODS = {
@@ -67,12 +66,12 @@ _ROLLOUTS = 16  # A step, of all prompts.
 _EVALUATED_OFTEN = ("grpo", "rredcot-suffix-difference", "rredcot-suffix-action_value")
 
 # Tokens of the longest completion: </think> digit <eos>, and eight lines of six tokens before them.
-_COMPLETION_TOKENS = {"answer": 3, "solution": 51, "solutions": 51, "suffix": 51, "rollouts": 56, "own": 56}
+_COMPLETION_TOKENS = {"answer": 3, "solution": 51, "suffix": 51, "rollouts": 56}
 
 
 def get_config(arg: str = "rredcot") -> ConfigDict:
   """Options: method (rredcot, grpo, reinforce, monte_carlo, leave_one_out, gradient_x_input, integrated_gradients,
-  attention, attention_rollout, value_head), bank (suffix, answer, solution, solutions, rollouts, own), mode (difference, signed,
+  attention, attention_rollout, value_head), bank (suffix, answer, solution, rollouts), mode (difference, signed,
   magnitude, action_value).
 
   reinforce credits every token with R, without a baseline. It is the control for methods whose credit is hardly ever

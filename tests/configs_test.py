@@ -19,7 +19,8 @@ from rredcot_jax.model.config import SIZES, ModelConfig
 from rredcot_jax.model.tokenizer import load_tokenizer
 from rredcot_jax.report import records
 from rredcot_jax.train import config as config_lib
-from rredcot_jax.train import initial, loop, train_step, validation
+from rredcot_jax.train import initial, loop, preflight, train_step, validation
+from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment, credit_rule, loss_options, optimizer_options
 
 ROOT = pathlib.Path(__file__).parent.parent
