@@ -394,6 +394,7 @@ def test_equal_answers(gold, answer):
     ("(1,2)", "[1,2]"),
     (r"\{1,2\}", "(1,2)"),
     ("1,2", "1,1"),
+    ("1,1", "1,2"),
     ("5 \\text{ cm}", "5 m"),
     ("5 \\text{ cm}", "5\\text{ cm}^2"),
     (r"\$5", "\N{EURO SIGN}5"),
@@ -420,7 +421,14 @@ def test_an_answer_that_is_right_at_other_points_is_wrong():
   assert not equality.equal(gold, wrong, any_form=True)
   points = [equality._Comparison(seed, True)._points(read("x"), read("x")) for seed in (b"a", b"a", b"b")]
   assert points[0] == points[1] != points[2]
-  assert len({point["x"] for point in points[0]}) == 3
+  assert len({point["x"] for point in points[0]}) == equality._POINTS
+
+
+def test_the_sign_of_a_symbol_is_told_whatever_the_texts_are():
+  for n in range(2, 40):
+    assert not equality.equal(f"{n}|x|", f"{n}x", any_form=True)
+    assert not equality.equal(f"{n}x", rf"\sqrt{{{n * n}x^2}}", any_form=True)
+    assert equality.equal(rf"{n}\ln x", rf"\ln x\cdot {n}")
 
 
 def polynomial(coefficients):

@@ -95,9 +95,9 @@ def test_numeric_match_rejects_everything_else(response, answer):
 @pytest.mark.parametrize("match", [verifiers.exact_match, verifiers.numeric_match])
 def test_hostile_text_is_wrong_and_quickly_so(match, name):
   for text in (HOSTILE[name], "</think>" + HOSTILE[name], "</think>42" + HOSTILE[name]):
-    start = time.perf_counter()
+    start = time.process_time()
     assert match(text, "42") == 0.0
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @given(st.text())
@@ -154,10 +154,10 @@ def test_boxed_answer_is_what_the_last_balanced_box_holds(text, expected):
 @pytest.mark.parametrize("opening", ["{", "\\boxed{", "\\fbox {", "\\boxed", "\\", "\\boxed ", "}", "{}"])
 def test_boxes_are_read_in_linear_time(opening):
   text = opening * (MEGABYTE // len(opening))
-  start = time.perf_counter()
+  start = time.process_time()
   assert verifiers.boxed_answer(text) is None
   assert verifiers.boxed_answer(text + "}" * MEGABYTE) is None
-  assert time.perf_counter() - start < 5.0
+  assert time.process_time() - start < 5.0
 
 
 @pytest.mark.parametrize(
@@ -355,10 +355,10 @@ HOSTILE_MATH = {
 def test_hostile_mathematics_is_wrong_in_bounded_time_and_memory(name):
   hostile = HOSTILE_MATH[name]
   for gold in (THIRD, r"\sin x+\ln y", "(1,2)", "x,y"):
-    start = time.perf_counter()
+    start = time.process_time()
     assert verifiers.math_match(boxed(hostile), gold) == 0.0
     assert verifiers.math_match(boxed(gold), hostile) == 0.0
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0
   tracemalloc.start()
   verifiers.math_match(boxed(hostile), "x")
   peak = tracemalloc.get_traced_memory()[1]
@@ -433,8 +433,8 @@ _GOLDS = [THIRD, r"\sin x+\ln y", "(1,2)", "x=5", r"\{1,2\}", r"x>2", "5\\text{ 
   st.lists(st.sampled_from(_PIECES), min_size=1, max_size=30).map("".join), st.sampled_from(_GOLDS), st.integers(1, 300)
 )
 def test_any_mathematics_gets_a_verdict_soon(text, gold, times):
-  start = time.perf_counter()
+  start = time.process_time()
   for answer in (text, (text * times)[: verifiers.MAX_ANSWER_CHARS]):
     assert verifiers.math_match(boxed(answer), gold) in (0.0, 1.0)
     assert verifiers.math_match(boxed(gold), answer) in (0.0, 1.0)
-  assert time.perf_counter() - start < 10.0
+  assert time.process_time() - start < 10.0

@@ -23,8 +23,10 @@ from rredcot_jax.data.mathematics import expressions, forms, latex, parts, value
 from rredcot_jax.data.mathematics.expressions import Node, UnreadableError
 
 SIGNIFICANT_DIGITS = 6  # Of a decimal, to answer a number that it rounds.
-_POINTS = 3  # Values of the symbols at which two expressions are compared.
+_POINTS = 4  # Values of the symbols at which two expressions are compared.
 _TRIES = 12
+# Of the symbols at one point after another: |x| is x at positive points, and ln x is not real at others.
+_SIGNS = ((1,), (-1,), (-1, 1))
 _MAX_ITEMS = 32  # Of a list, set, tuple or matrix.
 
 
@@ -335,7 +337,7 @@ class _Comparison:
     for number, point in enumerate(self._values):
       for name in names:
         if name not in point:
-          point[name] = self._draw(positive=number % 2 == 0)
+          point[name] = self._draw(_SIGNS[number % len(_SIGNS)])
       try:
         value = self._evaluate(gold, point)
       except values.UndefinedError:
@@ -345,11 +347,10 @@ class _Comparison:
         return real
     return (real or other)[:_POINTS]
 
-  def _draw(self, *, positive: bool) -> Any:
+  def _draw(self, signs: Sequence[int]) -> Any:
     """Random to the last digit, of absolute value in [1/4, 4)."""
     drawn = values.context().mpf(self._random.getrandbits(200)) / (1 << 200)
-    size = values.context().mpf(4) ** (2 * drawn - 1)
-    return size if positive or self._random.random() < 0.5 else -size
+    return self._random.choice(signs) * values.context().mpf(4) ** (2 * drawn - 1)
 
   def _evaluate(self, node: Node, point: dict[str, Any]) -> Any:
     return values.evaluate(node, point, self._budget)
