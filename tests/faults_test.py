@@ -54,8 +54,8 @@ def check_same_run(directory, whole, config=None):
   config = config or process_run.get_config()
   lines = [{name: x for name, x in line.items() if name != "train/tensorboard_lost"} for line in untimed(directory)]
   assert lines == untimed(whole)
-  traces = records.read_traces(directory / "traces.jsonl")
-  assert traces and traces == records.read_traces(whole / "traces.jsonl")
+  traces = list(records.read_traces(directory / "traces.jsonl"))
+  assert traces and traces == list(records.read_traces(whole / "traces.jsonl"))
   (ours, data), (theirs, their_data) = (saved_params(path, config.num_steps, config) for path in (directory, whole))
   assert data == their_data
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)

@@ -60,7 +60,7 @@ def check_same_run(directory, expected_directory, config):
   )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours.params, theirs.params)
   assert data == their_data
-  traces, expected = (records.read_traces(path / "traces.jsonl") for path in (directory, expected_directory))
+  traces, expected = (list(records.read_traces(path / "traces.jsonl")) for path in (directory, expected_directory))
   assert traces and [trace["tokens"] for trace in traces] == [trace["tokens"] for trace in expected]
   return lines
 

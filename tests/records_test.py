@@ -29,7 +29,7 @@ def test_lines_that_are_no_json_for_this_machine_are_skipped(tmp_path):
   deep, long = "[" * MEGABYTE, f'{{"step": {"9" * 5000}}}'
   path.write_bytes(f'{deep}\n{long}\n{{"step": 1}}\n'.encode() + b'{"step": "\xff"}\n')
   with pytest.warns(UserWarning, match="left out"):
-    assert records.read_traces(path) == [{"step": 1}, {"step": "\ufffd"}]
+    assert list(records.read_traces(path)) == [{"step": 1}, {"step": "\ufffd"}]
 
 
 def test_missing_or_empty_metrics_name_the_file(tmp_path):
@@ -38,7 +38,7 @@ def test_missing_or_empty_metrics_name_the_file(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step')
   with pytest.raises(ValueError, match=r"metrics\.jsonl holds no complete line"):
     records.read_metrics(tmp_path / "metrics.jsonl")
-  assert records.read_traces(tmp_path / "traces.jsonl") == []
+  assert list(records.read_traces(tmp_path / "traces.jsonl")) == []
   assert records.read_config(tmp_path / "config.json") is None
 
 
@@ -136,7 +136,7 @@ def test_errors_show_no_control_characters_and_stay_short(tmp_path):
   path = tmp_path / "traces.jsonl"
   for change in ({"step": CONTROLS * 1000, "values": []}, {"return": CONTROLS * 1000}, {"tokens": CONTROLS * 1000}):
     path.write_text(json.dumps(make_trace()) + "\n" + json.dumps(make_trace(**change)) + "\n")
-    with pytest.raises(ValueError, match=r"traces\.jsonl:2: ") as raised:
+    with pytest.raises(ValueError, match=r"traces\.jsonl, trace 2: ") as raised:
       records.distinct_traces(path)
     assert not re.search(RAW_CONTROLS, str(raised.value)) and len(str(raised.value)) < 600
 

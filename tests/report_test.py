@@ -221,7 +221,7 @@ def test_same_runs_give_the_same_bytes_whatever_matplotlibrc_says(tmp_path):
 def test_a_failed_report_leaves_the_old_one(tmp_path):
   good = write(tmp_path, {"a": make_run(tmp_path / "a")}).source
   broken = make_run(tmp_path / "b", traces=[make_trace(rewards=[1.0])])
-  with pytest.raises(ValueError, match=r"b/traces\.jsonl:1: .*does not fit together"):
+  with pytest.raises(ValueError, match=r"b/traces\.jsonl, trace 1: .*does not fit together"):
     write(tmp_path, {"b": broken})
   (tmp_path / "a" / "config.json").write_text("[]")
   with pytest.raises(ValueError, match=r"a/config\.json is not a JSON object"):

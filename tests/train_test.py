@@ -50,7 +50,7 @@ def test_run_writes_what_it_promises(uninterrupted):
   tokens = [line["train/rollout_tokens"] for line in lines if "train/loss" in line]
   assert tokens == sorted(tokens) and tokens[0] > 0
   assert all(0 < line["train/reward"] < 1 for line in lines if "train/loss" in line)
-  traces = records.read_traces(uninterrupted / "traces.jsonl")
+  traces = list(records.read_traces(uninterrupted / "traces.jsonl"))
   assert len(traces) == 4
   for trace in traces:
     # Return equivalence, on what a run wrote.

@@ -75,15 +75,16 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"no metrics at {path}: is it the work directory of a run?")
-  rows = [row for _, row in _json_lines(path)]
+  rows = list(_json_lines(path))
   if not rows:
     raise ValueError(f"{path} holds no complete line yet: the run logged nothing")
   return rows
 
 
-def read_traces(path: str | os.PathLike) -> list[dict]:
-  """The lines of a traces.jsonl, read as `read_metrics` reads; [] where there is no such file."""
-  return [row for _, row in _json_lines(Path(path))]
+def read_traces(path: str | os.PathLike) -> Iterator[dict]:
+  """The lines of a traces.jsonl one at a time, read as `read_metrics` reads; none where there is no such file."""
+  path = Path(path)
+  return _json_lines(path) if path.is_file() else iter(())
 
 
 def read_config(path: str | os.PathLike) -> tuple[str, Any] | None:
@@ -101,10 +102,8 @@ def read_config(path: str | os.PathLike) -> tuple[str, Any] | None:
     raise ValueError(f"{path} is not a JSON object with command and config: {error}") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-  """Line numbers from 1 and the JSON objects of a file, a line at a time: a file of traces may be large."""
-  if not path.is_file():
-    return
+def _json_lines(path: Path) -> Iterator[dict]:
+  """The JSON objects of a file, a line at a time, because a file of traces may be larger than the memory."""
   broken = 0
   # Lines end in "\n" alone: JSON strings may hold U+2028 and other characters that str.splitlines takes for ends.
   with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
@@ -119,7 +118,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
         row = None
       broken = 0 if isinstance(row, dict) else number
       if not broken:
-        yield number, row
+        yield row
 
 
 # ---- Traces ------------------------------------------------------------------------------
@@ -167,14 +166,14 @@ def parse_trace(record: Mapping) -> Trace:
 def distinct_traces(path: str | os.PathLike) -> list[Trace]:
   """The traces of a traces.jsonl in file order, each once: a step's equal texts to one prompt are one trace.
 
-  Raises ValueError, naming the file and the line, where a trace does not fit together.
+  Raises ValueError, naming the file and the place of the trace, where a trace does not fit together.
   """
   found: dict[tuple, Trace] = {}
-  for number, record in _json_lines(Path(path)):
+  for place, record in enumerate(read_traces(path), start=1):
     try:
       trace = parse_trace(record)
     except ValueError as error:
-      raise ValueError(f"{path}:{number}: {error}") from error
+      raise ValueError(f"{path}, trace {place}: {error}") from error
     key = (repr(trace.step), trace.prompt, trace.text)
     known = found.get(key)
     found[key] = trace if known is None else dataclasses.replace(known, copies=known.copies + 1)
