@@ -123,8 +123,8 @@ lint: .venv/ready
 	$(BIN)/vulture rredcot_jax $(SCRIPTS)
 	$(BIN)/vulture rredcot_jax $(SCRIPTS) tests
 	$(BIN)/shellcheck tools/*.sh .ci/run
-	@! grep -nE '^\s*(from|import) \w+_test\b' tests/*.py || \
-	  { echo "A test file is imported: put what tests share into tests/helpers.py."; false; }
+	@! grep -nE '^\s*(from|import) \w+_test\b' tests/*.py | grep -vE '^tests/(\w+)\.py:\S*\s*(from|import) \1\b' || \
+	  { echo "A test file imports another one: put what they share into tests/helpers.py."; false; }
 
 # ---- Measurements -------------------------------------------------------------------------------------------------
 
