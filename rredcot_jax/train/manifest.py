@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 
+from rredcot_jax.report import files
+
 NAME = "MANIFEST.json"
 _FORMAT = 1
 _THREADS = 4  # Threads help, because hashing and reading release Python's lock.
@@ -27,12 +29,7 @@ def write(directory: str | os.PathLike) -> None:
   names = [name for name in names if name not in _NOT_COVERED]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     entries = dict(zip(names, pool.map(lambda name: _entry(directory, name, durable=True), names)))
-  temporary = directory / f"{NAME}.tmp"
-  with open(temporary, "w", encoding="utf-8") as file:
-    json.dump({"format": _FORMAT, "files": entries}, file, indent=0)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, directory / NAME)
+  files.write_whole(directory / NAME, json.dumps({"format": _FORMAT, "files": entries}, indent=0))
   for folder in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
     sync_directory(folder)
 
