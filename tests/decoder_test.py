@@ -41,6 +41,18 @@ def test_decoding_equals_prefill(family):
     np.testing.assert_allclose(hidden, whole[:, column], atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_that_are_masked_out_of_the_middle_were_never_there(family):
+  """Positions count real tokens, so that what follows a hole is not further away."""
+  config = FAMILIES[family]
+  params = params_of(config)
+  tokens = np.random.default_rng(3).integers(0, 11, (1, 12)).astype(np.int32)
+  real = np.isin(np.arange(12), [0, 1, 5, 8, 9, 10])
+  holed, _ = decoder.forward(params, config, tokens, real[None])
+  whole, _ = decoder.forward(params, config, tokens[:, real], np.ones((1, 6), bool))
+  np.testing.assert_allclose(holed[:, real], whole, atol=1e-5)
+
+
 def test_the_future_is_not_seen():
   params = params_of(LLAMA)
   tokens = jnp.arange(8, dtype=jnp.int32)[None]
@@ -144,6 +156,8 @@ def test_what_cudnn_is_given_is_the_attention_of_our_blocks(monkeypatch):
 
   def stand_in(*args, implementation, **options):
     given.append(implementation)
+    for lengths in ("query_seq_lengths", "key_value_seq_lengths"):  # The kernel does not compute padding.
+      np.testing.assert_array_equal(options[lengths], [13, 13, 5, 1])
     out = library(*args, implementation="xla", **options)
     behind = jnp.arange(20)[None] >= options["query_seq_lengths"][:, None]
     return jnp.where(behind[..., None, None], jnp.nan, out)  # The kernel leaves there what it likes.
