@@ -24,7 +24,7 @@ from process_run import NO_FATE, ROOT, free_port, run_processes
 from rredcot_jax.data.chain import Chain
 from rredcot_jax.parallel import peers, processes, sharding
 from rredcot_jax.report import records
-from rredcot_jax.train import loop, workdir
+from rredcot_jax.train import evaluation, experiment, loop, workdir
 
 # To float32 reassociation: sums over devices are taken in another order.
 CLOSE = {"rel": 1e-4, "abs": 1e-5}
@@ -604,6 +604,24 @@ def test_one_process_holds_and_judges_all():
   mine, every = processes.rows_of(sharding.make_mesh(), 8, group_size=4), processes.every_row(8)
   for field in dataclasses.fields(processes.Rows):
     np.testing.assert_array_equal(getattr(mine, field.name), getattr(every, field.name))
+
+
+def test_an_evaluation_of_fewer_rows_than_devices_draws_the_traces_of_one_device():
+  config = process_run.get_config()
+
+  def judged(devices):
+    parts = experiment.Experiment(config, devices=devices)
+    return list(
+      evaluation.judged_batches(
+        parts.start_params(jax.random.key(0)), parts.model, parts.held_out, parts.codec, parts.rollout_mesh,
+        jax.random.key(1), num_prompts=5, samples=1, rows=3, max_prompt_tokens=config.rollout.max_prompt_tokens,
+        **parts.sampling_options,
+      )
+    )  # fmt: skip
+
+  filled, alone = judged(jax.devices()), judged(jax.devices()[:1])
+  assert [len(batch) for batch in filled] == [3, 2] and filled == alone
+  assert len({one.length for batch in filled for one in batch}) > 1
 
 
 # ---- Being told to stop ----------------------------------------------------------------------

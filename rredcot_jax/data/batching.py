@@ -72,7 +72,8 @@ def prompt_iterator(
       "lower rollout.prompts_per_step or enlarge the task."
     )
   dealt = grain.MapDataset.range(size) if indices is None else grain.MapDataset.source(indices)
-  batches = dealt.shuffle(seed=seed).repeat().batch(batch_size)
+  # Not endless: grain cannot count batches of one out of its own endless repetition.
+  batches = dealt.shuffle(seed=seed).repeat(2**62 // size).batch(batch_size)
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
