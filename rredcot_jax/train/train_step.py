@@ -294,7 +294,9 @@ def shortened(batch: types.TrainBatch, length: int) -> types.TrainBatch:
   """The first `length` columns of the traces."""
   prompt = ("prompt_tokens", "prompt_mask")
   fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-  return types.TrainBatch(**{name: x if name in prompt else x[:, :length] for name, x in fields.items()})
+  # A field that the batch leaves out is None, which has no leaves.
+  cut = functools.partial(jax.tree.map, lambda x: x[:, :length])
+  return types.TrainBatch(**{name: x if name in prompt else cut(x) for name, x in fields.items()})
 
 
 def _in_buckets(
