@@ -1,5 +1,6 @@
 import math
 import random
+import time
 from fractions import Fraction
 
 import pytest
@@ -196,6 +197,13 @@ def test_values_to_fifty_digits(text, expected):
 def test_what_has_no_value_within_the_bounds_is_undefined(text):
   with pytest.raises(values.UndefinedError):
     values.evaluate(read(text), {}, values.Budget())
+
+
+def test_a_power_too_large_is_not_worked_out():
+  start = time.process_time()
+  with pytest.raises(values.UndefinedError, match="too large"):
+    values.evaluate(read("e^{" + "10^{999}" * 5 + "}"), {}, values.Budget())
+  assert time.process_time() - start < 0.5
 
 
 def test_a_budget_bounds_the_operations():
@@ -402,6 +410,7 @@ def test_equal_answers(gold, answer):
     ("1.6e-19", "3.2e-19"),
     ("1.6e-19", "0"),
     ("0", "1e-300"),
+    (r"\pi", r"\frac{355}{113}"),
     ("AB", "ab"),
     ("north", "thorn"),
     ("5", "x"),
