@@ -78,9 +78,7 @@ def test_zero_variance_is_exact():
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("ddof", [0, 1])
-@pytest.mark.parametrize(
-  "baseline, scale", [("mean", "std"), ("rloo", "std"), ("mean", "none"), ("none", "none")]
-)
+@pytest.mark.parametrize("baseline, scale", [("mean", "std"), ("rloo", "std"), ("mean", "none"), ("none", "none")])
 def test_a_return_that_cannot_be_used_is_left_out_of_its_group(baseline, scale, ddof, garbage):
   options = dict(baseline=baseline, scale=scale, ddof=ddof)
   compute = jax.jit(functools.partial(advantages.group_advantages, **options))
