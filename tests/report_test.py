@@ -218,7 +218,7 @@ def test_same_runs_give_the_same_bytes_whatever_matplotlibrc_says(tmp_path):
   assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
 
 
-def test_a_failed_report_leaves_the_old_one(tmp_path):
+def test_a_failed_report_leaves_the_old_one(tmp_path, monkeypatch):
   good = write(tmp_path, {"a": make_run(tmp_path / "a")}).source
   broken = make_run(tmp_path / "b", traces=[make_trace(rewards=[1.0])])
   with pytest.raises(ValueError, match=r"b/traces\.jsonl, trace 1: .*does not fit together"):
@@ -226,6 +226,14 @@ def test_a_failed_report_leaves_the_old_one(tmp_path):
   (tmp_path / "a" / "config.json").write_text("[]")
   with pytest.raises(ValueError, match=r"a/config\.json is not a JSON object"):
     write(tmp_path, {"a": tmp_path / "a"})
+  assert [path.read_text() for path in (tmp_path / "out").iterdir()] == [good]
+
+  def full_disk(*_):
+    raise OSError("no space left")
+
+  monkeypatch.setattr(page.files.os, "replace", full_disk)
+  with pytest.raises(OSError, match="no space left"):
+    write(tmp_path, {"c": make_run(tmp_path / "c")}, "another title")
   assert [path.read_text() for path in (tmp_path / "out").iterdir()] == [good]
 
 
@@ -377,6 +385,11 @@ def test_summary_keeps_key_order_and_fills_gaps(tmp_path):
   cells = [a["class"] for tag, a in found.elements if tag in ("th", "td")]
   assert cells == ["text", "number", "number", "number"] * 3
   assert len(found.of_class("scroll")) == 1  # A wide table scrolls within itself.
+
+
+def test_a_column_is_numeric_only_where_all_of_it_is():
+  table = page._table([{"x": 1, "y": 2.0}, {"x": "one", "y": None}, {"x": True}])
+  assert table == {"columns": [("x", False), ("y", True)], "rows": [[1, 2.0], ["one", None], [True, None]]}
 
 
 def test_wide_figures_scroll_within_themselves(tmp_path):
