@@ -76,32 +76,33 @@ pyenv = $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 PYTHON313 ?= $(call runs,python3.13 $(wildcard $(pyenv)/3.13*/bin/python))
 PYTHON311 ?= $(call runs,python3.11 $(wildcard $(pyenv)/3.11*/bin/python))
 
-# Of the newest jax that Python 3.13 installs, with the core's dependencies alone.
+# With the newest jax that Python 3.13 installs, and the core's dependencies alone. Nothing of the package is installed.
 test-newest:
 ifeq ($(PYTHON313),)
 	@echo "test-newest is SKIPPED: no Python 3.13 was found; name one with make test-newest PYTHON313=..."
 else
 	rm -rf .venv-newest
 	$(PYTHON313) -m venv .venv-newest
-	.venv-newest/bin/python $(ONCE) -e . pytest hypothesis
-	.venv-newest/bin/pip list | grep -iE '^(jax|numpy|chex|flax|optax) '
-	.venv-newest/bin/python -m pytest --hypothesis-profile=quick $(OPS_TESTS)
+	$(PYTHON313) tools/lint_dependencies.py --declared >.venv-newest/requirements.txt
+	.venv-newest/bin/python $(ONCE) -r .venv-newest/requirements.txt pytest hypothesis
+	.venv-newest/bin/python -m pip list | grep -iE '^(jax|numpy|chex|flax|optax) '
+	.venv-newest/bin/python -m pytest -p no:cacheprovider --hypothesis-profile=quick $(OPS_TESTS)
 endif
 
 IMPORT_ALL := import importlib, pkgutil, rredcot_jax as rr; \
   [importlib.import_module(one.name) for one in pkgutil.walk_packages(rr.__path__, "rredcot_jax.")]
 
-# With the oldest release of everything that setup.py declares.
-test-floors: .venv/ready
+# With the oldest release of everything that the package needs by setup.py.
+test-floors:
 ifeq ($(PYTHON311),)
 	@echo "test-floors is SKIPPED: no Python 3.11 was found; name one with make test-floors PYTHON311=..."
 else
 	rm -rf .venv-floors
 	$(PYTHON311) -m venv .venv-floors
-	$(BIN)/python tools/lint_dependencies.py --floors experiments >.venv-floors/floors.txt
-	.venv-floors/bin/python $(ONCE) --constraint .venv-floors/floors.txt -e '.[experiments]' pytest hypothesis
+	$(PYTHON311) tools/lint_dependencies.py --floors experiments >.venv-floors/requirements.txt
+	.venv-floors/bin/python $(ONCE) -r .venv-floors/requirements.txt pytest hypothesis
 	.venv-floors/bin/python -c '$(IMPORT_ALL)'
-	.venv-floors/bin/python -m pytest --hypothesis-profile=quick $(OPS_TESTS)
+	.venv-floors/bin/python -m pytest -p no:cacheprovider --hypothesis-profile=quick $(OPS_TESTS)
 endif
 
 # The wheel is built from the source distribution, so that both are complete.

@@ -1,7 +1,8 @@
-"""Checks that everything imported is declared in setup.py, and nothing else is; prints the oldest releases declared.
+"""Checks that everything imported is declared in setup.py, and nothing else is; prints what is declared.
 
-    python tools/lint_dependencies.py                      # exit status 1 with deptry's findings
-    python tools/lint_dependencies.py --floors experiments # name==version of the core's floors and of these extras'
+    python tools/lint_dependencies.py                          # exit status 1 with deptry's findings
+    python tools/lint_dependencies.py --declared               # name>=version of the core
+    python tools/lint_dependencies.py --floors experiments     # name==version of the core's floors and this extra's
 
 deptry scans each part of the project knowing only what is installed for that part: the operations have the core's
 dependencies, the rest of the package and the scripts have the extra `experiments` too, and the tests have `test`.
@@ -87,12 +88,14 @@ def check(paths: Sequence[str], requirements: Sequence[str]) -> bool:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--floors", nargs="*", metavar="EXTRA", help="print the oldest releases declared, and stop")
-  extras = parser.parse_args().floors
+  parser.add_argument("--declared", nargs="*", metavar="EXTRA", help="print the core's requirements and the extras'")
+  parser.add_argument("--floors", nargs="*", metavar="EXTRA", help="print the oldest releases of the same")
+  args = parser.parse_args()
   lists = declared()
-  if extras is not None:
-    print("\n".join(floors([one for extra in ("", *extras) for one in lists[extra]])))
-    return
+  for extras, form in ((args.declared, list), (args.floors, floors)):
+    if extras is not None:
+      print("\n".join(form([one for extra in ("", *extras) for one in lists[extra]])))
+      return
   passed = [check(paths, [one for extra in ("", *allowed) for one in lists[extra]]) for paths, allowed in PARTS]
   sys.exit(0 if all(passed) else 1)
 
