@@ -502,8 +502,8 @@ def test_a_host_cut_off_ends_both_within_the_heartbeat_and_the_run_goes_on(tmp_p
       one.end()
   for me, one in enumerate(both):
     assert one.status == processes.LOST, one.text[-3000:]
-    assert f"process {1 - me} of 2 is lost (the connection to it broke: Connection timed out)" in one.text
-    assert one.ended_at - cut_at < process_run.HEARTBEAT_SECONDS + 5
+    assert f"process {1 - me} of 2 is lost (the connection to it broke: Connection timed out)" in one.text, one.text
+    assert one.ended_at - cut_at < process_run.HEARTBEAT_SECONDS
   hosts.mend()
   both = started([NO_FATE, NO_FATE])
   try:

@@ -202,7 +202,7 @@ class Peers:
           except OSError as error:
             why = f"the connection to it broke: {error.strerror}"
           except (ValueError, KeyError, TypeError):
-            received, why = b"", "it says what nobody understands"
+            received, why = b"", "it sent a message that cannot be read"
           if received:
             continue
           selector.unregister(link.socket)
@@ -384,12 +384,12 @@ class _Meeting:
 def _connect(host: str, port: int, hello: Mapping[str, Any], seconds: float) -> socket.socket:
   """The other processes' side of `meet`: a connection to process 0."""
   deadline = time.monotonic() + seconds
-  found = "nobody answers"
+  found = "nothing answers"
   while time.monotonic() < deadline:
     try:
       one = socket.create_connection((host, port), timeout=min(5.0, seconds))
     except OSError as error:
-      found = f"nobody answers: {error.strerror or error}"
+      found = f"nothing answers: {error.strerror or error}"
       time.sleep(_RETRY_SECONDS)
       continue
     try:
@@ -469,15 +469,18 @@ def _finish(one: socket.socket) -> None:
 
 
 def _keep_alive(one: socket.socket, heartbeat_seconds: float) -> None:
-  """Lets the kernel probe the other machine after a third of the heartbeat in silence, three times within a half."""
+  """Lets the kernel probe the other machine, so that it is known to be cut off after 0.4 heartbeats.
+
+  JAX sends a heartbeat twice in `heartbeat_seconds`, so it aborts after 0.5 of them at the earliest.
+  """
   one.settimeout(heartbeat_seconds)
   one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
   one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
   for name, value in (
-    ("TCP_KEEPIDLE", heartbeat_seconds / 3),
-    ("TCP_KEEPINTVL", heartbeat_seconds / 6),
+    ("TCP_KEEPIDLE", heartbeat_seconds / 10),
+    ("TCP_KEEPINTVL", heartbeat_seconds / 10),
     ("TCP_KEEPCNT", 3),
-    ("TCP_USER_TIMEOUT", 800 * heartbeat_seconds),  # Milliseconds, for what was sent and not received.
+    ("TCP_USER_TIMEOUT", 400 * heartbeat_seconds),  # Milliseconds, for what was sent and not received.
   ):
     if hasattr(socket, name):
       one.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), max(int(value), 1))
