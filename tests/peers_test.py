@@ -83,7 +83,7 @@ def test_all_meet_and_the_port_is_free_again(port):
     ([0], "processes 1 and 2 of 3 did not come"),
     ([0, 1, 1], r"two processes say that they are process 1: .*, pid \d+, and .*, pid \d+"),
     ([0, 1, 3], r"process 3 \(.*\) refuses to start: process_id=3 is none of 0 to 2"),
-    ([1, 2], "process [12] of 3 did not find process 0 at 127.0.0.1:.*nobody answers"),
+    ([1, 2], "process [12] of 3 did not find process 0 at 127.0.0.1:.*nothing answers"),
   ],
 )
 def test_who_is_missing_or_too_many_is_said_by_all_who_came(port, coming_ids, message):
@@ -259,4 +259,4 @@ def test_a_message_that_cannot_be_printed_keeps_nobody_from_ending(monkeypatch):
 def test_what_nobody_can_read_is_a_loss(port):
   with met(port, 2) as (hub, other):
     other._links[0].socket.sendall(b"\xff\n")
-    assert "process 1 of 2 is lost (it says what nobody understands)" in hub.wait_for_loss(SECONDS)
+    assert "process 1 of 2 is lost (it sent a message that cannot be read)" in hub.wait_for_loss(SECONDS)
