@@ -5,7 +5,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := rredcot_jax experiments configs tools tests benchmarks setup.py
 SCRIPTS := experiments configs tools benchmarks
 
-.PHONY: demo demo-seeds demo-llm test test-peers test-newest test-floors test-package lint bench bench-peers peers tokenizers clean
+.PHONY: demo demo-seeds demo-llm test faults test-peers test-newest test-floors test-package lint bench bench-peers peers tokenizers clean
 
 # A .venv that holds another Python than the one asked for would be used without a word.
 ifeq ($(origin PYTHON)$(filter clean,$(MAKECMDGOALS)),command line)

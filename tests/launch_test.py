@@ -140,6 +140,7 @@ def test_the_job_set_of_a_dry_run_is_what_was_asked_for():
   }
   (container,) = pod["containers"]
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
+  assert container["env"] == [{"name": "RREDCOT_START_SECONDS", "value": "600"}]
   # Kubernetes reads $$ as $.
   words = [word.replace("$$", "$") for word in container["command"]]
   assert words == ["python", *PROGRAM, "--distributed", "--stopped_status", "75"]

@@ -351,12 +351,14 @@ def test_a_runaway_ratio_stays_finite(loss, drift):
 def test_the_gradient_flows_to_the_new_log_probs_alone():
   log_probs, batch = random_batch()
 
-  def loss_of(old, reference, a):
-    changed = dataclasses.replace(batch, old_log_probs=old, reference_log_probs=reference, advantages=a)
-    return losses.policy_loss(log_probs, changed, loss="grpo", kl="k2", kl_coefficient=0.5)[0]
+  def loss_of(old, reference, a, sampler):
+    changed = dataclasses.replace(
+      batch, old_log_probs=old, reference_log_probs=reference, advantages=a, sampler_log_probs=sampler
+    )
+    return losses.policy_loss(log_probs, changed, loss="grpo", kl="k2", kl_coefficient=0.5, importance="token")[0]
 
-  floats = batch.old_log_probs, batch.reference_log_probs, batch.advantages
-  for gradient in jax.jit(jax.grad(loss_of, argnums=(0, 1, 2)))(*floats):
+  floats = batch.old_log_probs, batch.reference_log_probs, batch.advantages, batch.old_log_probs - 0.1
+  for gradient in jax.jit(jax.grad(loss_of, argnums=(0, 1, 2, 3)))(*floats):
     np.testing.assert_array_equal(gradient, np.zeros((ROWS, TOKENS)))
 
 
@@ -373,10 +375,12 @@ def test_half_precision_is_added_up_in_float32(loss):
   assert got[0].dtype == jnp.float32 and got[2].dtype == jnp.bfloat16
   close(got[0], expected[0])
   jax.tree.map(close, got[1], expected[1])
-  # 1000 equal tokens: bfloat16 sums stop growing at 256.
+  # 1000 equal tokens, all fields in bfloat16, whose sums stop growing at 256.
   many = jnp.full((10, 100), -1.0, jnp.bfloat16)
-  zeros = np.zeros((10, 100))
-  got, metrics, _ = loss_metrics_gradient(many, make_batch(many, zeros + 1, zeros + 1), loss=loss, max_length=100)
+  ones = np.ones((10, 100))
+  batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, make_batch(many, ones, ones))
+  got, metrics, _ = loss_metrics_gradient(many, batch, loss=loss, max_length=100)
+  assert got.dtype == jnp.float32
   close(got, 1.0 if loss == "cispo" else -1.0)
   close(metrics["loss_tokens"], 1000)
 

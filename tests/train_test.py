@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -17,7 +18,7 @@ from rredcot_jax.credit import assigner
 from rredcot_jax.data import batching
 from rredcot_jax.ops import losses
 from rredcot_jax.report import records
-from rredcot_jax.train import launch, train_step
+from rredcot_jax.train import launch, loop, train_step
 from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
 
@@ -172,6 +173,16 @@ def test_nan_loss_stops_with_its_batch(tmp_path, monkeypatch):
   batch = np.load(tmp_path / "nan" / "nan_batch_1.npz")
   assert batch["tokens"].shape == (16, 56) and batch["mask"].any()
   assert not [path for path in (tmp_path / "nan" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_a_full_disk_does_not_hide_a_nan_loss(tmp_path):
+  @dataclasses.dataclass
+  class Batch:
+    tokens: np.ndarray
+
+  line = {"step": 3, "train/loss": float("nan")}
+  with pytest.raises(FloatingPointError, match=r"step 3 is not finite; the batch could not be saved in .*\(No such"):
+    loop.check_finite([line], tmp_path / "gone", {3: Batch(np.zeros(2))}, skipped=False)
 
 
 def test_config_argument_is_checked():

@@ -124,6 +124,10 @@ spec:
             containers:
             - name: train
               image: $image
+              env:
+              # Workers wait for each other. The minute of the default is short where one has to pull the image.
+              - name: RREDCOT_START_SECONDS
+                value: "600"
               command:
               - python
 END

@@ -265,9 +265,13 @@ def check_finite(lines: list[dict], workdir: pathlib.Path, recent: dict[int, Any
       continue
     path = workdir / f"nan_batch_{line['step']}.npz"
     batch = processes.whole(recent[line["step"]])
+    kept = f"the batch is saved in {path}"
     if processes.is_main():
-      np.savez(path, **{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
-    message = f"the loss of step {line['step']} is not finite; the batch is saved in {path}"
+      try:
+        np.savez(path, **{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
+      except OSError as error:  # A full disk must not hide the loss.
+        kept = f"the batch could not be saved in {path} ({error.strerror or error})"
+    message = f"the loss of step {line['step']} is not finite; {kept}"
     if not skipped:
       raise FloatingPointError(
         f"{message} and the last checkpoint is untouched. Lower optimizer.learning_rate or look at the batch; "
