@@ -1,8 +1,7 @@
 """TRL's GRPO losses and their gradients on one ragged batch, for tests/losses_test.py.
 
-    python3 -m venv /tmp/trl-env
-    /tmp/trl-env/bin/pip install torch==2.13.0 trl==1.16.0
-    /tmp/trl-env/bin/python tools/make_trl_goldens.py
+    make peers
+    .venv/bin/python tools/make_trl_goldens.py
 
 This writes tests/data/trl/losses.npz. No model is run: `GRPOTrainer._compute_loss` is called on a
 stub that has the attributes which it reads, and whose log-probabilities are a leaf of the graph. So
