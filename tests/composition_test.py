@@ -138,10 +138,10 @@ def test_a_decided_state_has_the_observed_return():
 
 
 @pytest.mark.parametrize("mode", advantages.MODES)
-@pytest.mark.parametrize("garbage", [np.nan, np.inf])
-def test_a_return_that_is_not_finite_costs_its_own_trace_only(mode, garbage):
+@pytest.mark.parametrize("garbage, uniform_row", [(np.nan, False), (np.inf, False), (np.nan, True)])
+def test_a_return_that_is_not_finite_costs_its_own_trace_only(mode, garbage, uniform_row):
   log_p, bank, segments, returns = case()
-  uniform = jnp.array([True, True, False, False, False, False])
+  uniform = jnp.array([uniform_row, True, False, False, False, False])
   call = functools.partial(from_log_probs, group_size=GROUP, mode=mode, uniform_rows=uniform)
   broken = call(log_p, bank, segments, returns.at[0].set(garbage))
   np.testing.assert_array_equal(broken.advantages[0], np.zeros(T))
