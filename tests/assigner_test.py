@@ -104,6 +104,8 @@ CASES = [
   ),
   *(case(name, "magnitude") for name in ("attention", "attention_rollout")),
   case("value_head", "difference"),
+  *(case("calibrated", mode, bank="answer") for mode in SIGMAS),
+  case("calibrated", "difference", bank="own", scored="body"),
 ]  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def test_every_choice_trains(options):
     # Every sigma has mean 1 over a trace's tokens.
     mean = (advantages * mask).sum(axis=1) / mask.sum(axis=1)
     np.testing.assert_allclose(mean, OUTCOMES, atol=1e-4)
-  elif name in ("scoring", "monte_carlo"):
+  elif name in ("scoring", "calibrated", "monte_carlo"):
     values, rewards = np.asarray(assigned.credit.values), np.asarray(assigned.credit.rewards)
     first = values[:, 0] if config.credit.initial_value == "baseline" else 0
     np.testing.assert_allclose(rewards.sum(axis=1), RETURNS - first, atol=1e-5)
@@ -139,7 +141,7 @@ def test_every_choice_trains(options):
     assert assigned.metrics["generated_tokens"] == 0
   assert (assigned.metrics["token_forwards"] > 0) == (mode != "uniform")
   assert (assigned.credit is None) == (mode == "uniform")
-  assert (assigned.state is None) == (name != "value_head")
+  assert (assigned.state is None) == (name not in ("value_head", "calibrated"))
 
   state, metrics = update(assigned.advantages)
   assert np.isfinite(metrics["loss"]) and metrics["gradient_norm"] > 0 and int(state.step) == 1

@@ -51,9 +51,24 @@ def bank_values(
   log_p = scoring.score_with_cache(
     params, model, cache, rollout, segments, bank, temperature=temperature, chunk_size=chunk_size
   )
+  return where_decided(*estimate(log_p, bank, form=form), segments, bank, returns)
+
+
+def estimate(log_p: chex.Array, bank: types.Completions, *, form: str) -> tuple[chex.Array, chex.Array]:
+  """`values.estimate_values` of a batch: values and effective sample sizes, [B, K] float32 each."""
   lengths = jnp.sum(bank.scored, axis=-1)
-  estimate = jax.vmap(functools.partial(values.estimate_values, form=form))
-  estimated, sizes = estimate(log_p, bank.utilities, bank.log_q, bank.valid, lengths)
+  of_trace = jax.vmap(functools.partial(values.estimate_values, form=form))
+  return of_trace(log_p, bank.utilities, bank.log_q, bank.valid, lengths)
+
+
+def where_decided(
+  estimated: chex.Array,
+  sizes: chex.Array,
+  segments: types.Segments,
+  bank: types.Completions,
+  returns: chex.Array,
+) -> tuple[chex.Array, chex.Array]:
+  """`estimated` and `sizes` [B, K], with the return [B] as the value of states after the exit without a completion."""
   decided = jnp.logical_and(segments.after_exit, jnp.logical_not(jnp.any(bank.valid, axis=-1)))
   return jnp.where(decided, returns[:, None], estimated), jnp.where(decided, 1.0, sizes)
 
@@ -94,18 +109,25 @@ class Likelihood(source.Source):
       form=setting.bank.form, chunk_size=setting.chunk_size,
     )  # fmt: skip
 
+  def _run(
+    self, batch: source.Batch, bank: types.Completions, returns: chex.Array
+  ) -> tuple[chex.Array, chex.Array, Any]:
+    """Values and sample sizes [B, K] of a batch on devices, and what has been learnt from it."""
+    return *self._estimate(batch.params, batch.cache, batch.rollout, batch.segments, bank, returns), None
+
   def assign(self, batch: source.Batch) -> source.Found:
     """See `Source.assign`."""
     bank = self.setting.make_bank(batch)
     placed = (bank.completions, bank.uniform_rows, batch.returns[batch.rows])
     completions, uniform_rows, returns = self.setting.put(placed)
-    estimated, sizes = self._estimate(batch.params, batch.cache, batch.rollout, batch.segments, completions, returns)
+    estimated, sizes, state = self._run(batch, completions, returns)
     batch_size, states = batch.segments.ends.shape
     _, _, n, s = completions.tokens.shape
     return source.Found(
       values=estimated,
       sample_sizes=sizes,
       uniform_rows=uniform_rows,
+      state=state,
       token_forwards=batch_size * states * n * s,
       metrics=source.bank_metrics(self.setting, bank),
     )

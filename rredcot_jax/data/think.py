@@ -14,6 +14,7 @@ the thought did not reach are guessed, and guessed right less often.
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -205,6 +206,14 @@ _BODY = re.compile(r"(?:So |Now |Wait |Let me check )?(\d)((?:[+\-*]\d(?:=| give
 _STEP = re.compile(r"([+\-*]\d)(?:=| gives | is )(\d)")
 
 
+class Line(NamedTuple):
+  """One line of a thought that could be read and stands where the chain was."""
+
+  first: int  # The operation that it begins with.
+  again: bool  # It says again what was said before.
+  slip: bool  # One of its results is not what its own operation gives.
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
   """What a thought's lines say."""
@@ -213,6 +222,7 @@ class Reading:
   values: list[int | None]  # After each operation, as last said; None where nothing stands.
   culprit: int | None  # The line of the first wrong value that stands at the end of the thought.
   covered: int  # Operations said, without a gap.
+  lines: list[Line]  # Without the filler.
 
 
 def read_thought(example: tasks.Example, thought: str) -> Reading:
@@ -225,7 +235,7 @@ def read_thought(example: tasks.Example, thought: str) -> Reading:
   true = _values(start, operations)[1:]
   said: list[int | None] = [None] * len(operations)
   since: list[int | None] = [None] * len(operations)  # The line from which on the value is wrong.
-  clean, done = True, 0
+  clean, done, lines = True, 0, []
   for number, line in enumerate(thought.split("\n")[:-1]):
     match = _BODY.fullmatch(line)
     if not match:
@@ -238,6 +248,9 @@ def read_thought(example: tasks.Example, thought: str) -> Reading:
       clean = False
       continue
     last = first + len(steps)
+    befores = [match[1], *(result for _, result in steps)]
+    slip = any(apply_operation(int(b), operation) != int(r) for b, (operation, r) in zip(befores, steps))
+    lines.append(Line(first, again, slip))
     changed = said[last - 1] != int(steps[-1][1])
     for place, (_, result) in enumerate(steps, first):
       said[place] = int(result)
@@ -248,7 +261,46 @@ def read_thought(example: tasks.Example, thought: str) -> Reading:
       said[done:] = since[done:] = [None] * (len(operations) - done)
   culprit = next((line for line, value in zip(since, said) if value is not None and line is not None), None)
   covered = next((i for i, value in enumerate(said) if value is None), len(said))
-  return Reading(clean, said, culprit, covered)
+  return Reading(clean, said, culprit, covered, lines)
+
+
+def habits(examples: Sequence[tasks.Example], texts: Sequence[str]) -> dict[str, float]:
+  """How a policy writes: what its warm start was meant to teach.
+
+  Args:
+    examples: the questions.
+    texts: a response to each, as `Codec.response` gives it.
+
+  Returns:
+    readable: share of traces whose whole thought could be read and that left it.
+    copied: share of solution steps with the value that the thought last said, where it said one.
+    solved: share of traces that wrote a whole solution.
+    noticed_wrong, noticed_right: share of lines, not said again themselves, that one of the next two lines says
+      again, among lines with a slip and among lines without.
+    thought_lines: mean number of lines of a thought.
+
+    NaN is a share of nothing.
+  """
+  readable, copied, solved, lines = [], [], [], []
+  noticed: dict[bool, list[bool]] = {True: [], False: []}
+  for example, text in zip(examples, texts, strict=True):
+    thought, left, rest = text.partition(encoding.THINK_CLOSE)
+    reading = read_thought(example, thought)
+    readable.append(bool(left) and reading.clean and (not thought or thought.endswith("\n")))
+    written = re.findall(r"(?:=| gives )(\d)", rest)
+    solved.append(len(written) == len(reading.values))
+    if solved[-1]:
+      copied += [said == int(digit) for said, digit in zip(reading.values, written) if said is not None]
+    lines.append(thought.count("\n"))
+    for place, line in enumerate(reading.lines):
+      if not line.again:
+        after = reading.lines[place + 1 : place + 3]
+        noticed[line.slip].append(any(other.again and other.first == line.first for other in after))
+  mean = lambda x: float(np.mean(x)) if x else float("nan")
+  return {
+    "readable": mean(readable), "copied": mean(copied), "solved": mean(solved), "noticed_wrong": mean(noticed[True]),
+    "noticed_right": mean(noticed[False]), "thought_lines": mean(lines),
+  }  # fmt: skip
 
 
 def _place(

@@ -1,6 +1,7 @@
 """Every way of crediting segments, by name, as the credit study compares them.
 
     rredcot_<bank>[_<form>]     values by importance sampling over a bank, nothing generated
+    ..._calibrated              the same, calibrated with the returns of the other prompts
     monte_carlo                 values by a few generated continuations a state (VinePPO)
     leave_one_out, ...          the other sources of credit that learn nothing
     grpo                        the group advantage, the same on every segment
@@ -21,12 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rredcot_jax.cost import flops
+from rredcot_jax.credit import calibrated
 from rredcot_jax.credit.likelihood import Likelihood
 from rredcot_jax.credit.source import BankOptions, Batch, Setting, Source
 from rredcot_jax.credit.sources import SOURCES
 from rredcot_jax.data import tasks
 from rredcot_jax.model import decoder
 from rredcot_jax.ops import banks, redistribution, types
+from rredcot_jax.ops import values as values_lib
 from rredcot_jax.ops.names import check_option
 
 # The methods by name. Forms that a bank does not allow are left out, because self_normalised needs failures.
@@ -37,13 +40,22 @@ SCORED: Mapping[str, BankOptions] = {
   "rredcot_answer": BankOptions("answer"),
   "rredcot_answer_forced": BankOptions("answer", scored="body"),
   "rredcot_solution_forced": BankOptions("solution", scored="body"),
+  "rredcot_solutions": BankOptions("solutions"),
+  "rredcot_solutions_forced": BankOptions("solutions", scored="body"),
+  "rredcot_solutions_answer": BankOptions("solutions", scored="answer"),
+  "rredcot_solutions_forced_power": BankOptions("solutions", scored="body", form="power"),
+  "rredcot_own": BankOptions("own"),
+  "rredcot_own_forced": BankOptions("own", scored="body"),
+  "rredcot_own_self_normalised": BankOptions("own", form="self_normalised"),
   "rredcot_rollouts": BankOptions("rollouts"),
   "rredcot_rollouts_truncated": BankOptions("rollouts", form="truncated"),
   "rredcot_rollouts_self_normalised": BankOptions("rollouts", form="self_normalised"),
 }
 CONTROLS = ("grpo", "random")
 _OTHERS = tuple(name for name, kind in SOURCES.items() if kind is not Likelihood and "state" not in kind.needs)
-METHODS = (*SCORED, *_OTHERS, *CONTROLS)
+_PLAIN = tuple(name for name, bank in SCORED.items() if bank.form == "plain")
+CALIBRATED: Mapping[str, str] = {f"{name}_calibrated": name for name in _PLAIN}  # The method that each calibrates.
+METHODS = (*SCORED, *CALIBRATED, *_OTHERS, *CONTROLS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +127,13 @@ class Estimators:
     return SOURCES[name](setting, **self._options.get(name, {}))
 
   def credit(self, name: str, traces: Traces, key: jax.Array) -> Estimate:
-    """The credit of `traces` by the method called `name`; `key` is read by what draws."""
+    """The credit of `traces` by the method called `name`; `key` is read by what draws.
+
+    A method of `CALIBRATED` learns from the prompts of `traces` alone, each by a fit on the others.
+    """
     check_option("method", name, METHODS)
+    if name in CALIBRATED:
+      return self.calibrated(self.credit(CALIBRATED[name], traces, key), traces)
     if name in CONTROLS:
       return self._control(name, traces, key)
     began = time.perf_counter()
@@ -143,6 +160,22 @@ class Estimators:
       flops=found.token_forwards * self.decode_flops(traces) if sampled else self._flops[key_of_flops],
       covered=1.0 if values is None or sizes is None else float((sizes > 0)[exists].mean()),
     )
+
+  def calibrated(self, estimate: Estimate, traces: Traces) -> Estimate:
+    """`estimate` with its values calibrated: those of a prompt by a fit on the other prompts; costs are unchanged."""
+    assert estimate.values is not None
+    segments = traces.segments
+    exists = np.asarray(segments.mask)
+    # The return decides the states after the exit, so they have nothing to learn from and nothing to be corrected.
+    scored = exists & ~np.asarray(segments.after_exit) & (estimate.values > 0)
+    log_p = np.log(np.where(scored, estimate.values, 1))
+    fitted = values_lib.cross_fit(
+      jnp.asarray(log_p, jnp.float32), calibrated.features_of(segments), jnp.asarray(traces.returns),
+      jnp.asarray(scored), group_size=self.setting.group_size,
+    )  # fmt: skip
+    values = np.where(scored, np.asarray(fitted), estimate.values).astype(np.float32)
+    rewards = np.asarray(self._redistribute(jnp.asarray(values), traces.returns, segments.num_segments))
+    return dataclasses.replace(estimate, values=values, rewards=rewards)
 
   def _control(self, name: str, traces: Traces, key: jax.Array) -> Estimate:
     """The credit of the two methods without a source: the group's advantage spread evenly, or noise."""
@@ -176,5 +209,9 @@ class Estimators:
 def completion_rooms(references: Sequence[banks.Reference], max_tokens: int) -> dict[str, int]:
   """Tokens of the longest completion in each bank, so that short banks are not padded to the longest of all."""
   answer = max(len(reference.exit) + len(reference.answer) for reference in references)
-  whole = max(sum(map(len, r.steps)) + len(r.exit) + len(r.answer) for r in references)
-  return {"answer": answer, "solution": whole, "suffix": whole, "rollouts": max_tokens}
+  sizes = [[sum(map(len, steps)) for steps in (r.steps, *r.solutions)] for r in references]
+  frames = [len(r.exit) + len(r.answer) for r in references]
+  whole = max(frame + first for frame, (first, *_) in zip(frames, sizes))
+  longest = max(frame + max(each) for frame, each in zip(frames, sizes))
+  generated = {"rollouts": max_tokens, "own": max_tokens}
+  return {"answer": answer, "solution": whole, "suffix": whole, "solutions": longest, **generated}

@@ -198,7 +198,8 @@ def first_wrong_segments(task: tasks.Task, codec: Codec, traces: estimators.Trac
   """[B] int, the segment in which a failed trace made its first mistake; -1 where unknown.
 
   It is known for tasks that have a `first_wrong_step`, because elsewhere many wordings are right. The place is
-  the first token of that line which differs from the reference's line. It is also -1 for traces that succeeded,
+  the first token of that line which differs from the reference's line, or its first token where thoughts do not
+  follow the reference. It is also -1 for traces that succeeded,
   and for failed traces whose lines are all right.
   """
   result = np.full(len(traces.returns), -1)
@@ -210,7 +211,8 @@ def first_wrong_segments(task: tasks.Task, codec: Codec, traces: estimators.Trac
     if line is None:
       continue
     start = np.flatnonzero(newline[row] & rollout.mask[row])[line - 1] + 1 if line else 0
-    expected = codec.solution_ids(example)[line] if line < len(example.steps) else []
+    follows = getattr(task, "aligned", False) and line < len(example.steps)
+    expected = codec.solution_ids(example)[line] if follows else []
     same = 0
     while same < len(expected) and rollout.tokens[row, start + same] == expected[same]:
       same += 1

@@ -18,7 +18,7 @@ from rredcot_jax.credit.assigner import Rule, uniform_advantages
 from rredcot_jax.ops import advantages, composition
 from rredcot_jax.report import statistics
 from rredcot_jax.study import agreement, gradients, ground_truth
-from rredcot_jax.study.estimators import Estimate, Estimators, Traces
+from rredcot_jax.study.estimators import CALIBRATED, Estimate, Estimators, Traces
 
 Figure = list[float | None]
 UNBIASED = "monte_carlo:difference"  # The estimator whose mean is the policy gradient.
@@ -60,6 +60,8 @@ def evidence_of(traces: Traces, state_of: np.ndarray, prompts: np.ndarray, state
 
 def credit_in_chunks(engine: Estimators, name: str, traces: Traces, key: jax.Array, rows_at_once: int) -> Estimate:
   """`engine.credit` of many traces in chunks. Seconds are the median chunk's, so that compiling does not count."""
+  if name in CALIBRATED:  # Over all prompts together, because each is calibrated by the others.
+    return engine.calibrated(credit_in_chunks(engine, CALIBRATED[name], traces, key, rows_at_once), traces)
   total = len(traces.returns)
   parts = [
     engine.credit(name, traces.rows(np.arange(first, min(first + rows_at_once, total))), jax.random.fold_in(key, first))

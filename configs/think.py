@@ -1,0 +1,44 @@
+"""Reinforcement learning of a 1 M-parameter reasoner on `think`: a thought, an exit, a solution with the answer.
+
+    python experiments/train.py --config configs/think.py:rredcot --workdir runs/think-rredcot
+    python experiments/train.py --config configs/think.py:grpo --workdir runs/think-grpo
+
+Both start from the shipped warm start, which is made in two stages by
+
+    python experiments/warm_start.py --config configs/think.py:short --output runs/think-short.safetensors
+    python experiments/warm_start.py --config configs/think.py:long \
+        --output rredcot_jax/assets/think/warm_start.safetensors
+
+The first stage teaches arithmetic and copying on short questions, where a step costs a third. The second one
+teaches whole questions.
+"""
+
+from ml_collections import ConfigDict
+
+from rredcot_jax.train.config import default_config, options_of
+
+METHODS = ("rredcot", "grpo", "short", "long")
+
+
+def get_config(arg: str = "rredcot") -> ConfigDict:
+  """Options: method (rredcot, grpo, or the stages of the warm start: short, long)."""
+  method = options_of(arg, {"method": METHODS})["method"]
+  config = default_config()
+  config.task.name = "think"
+  config.response.answer = "Answer %s"
+  config.initial_params = "think/warm_start.safetensors"
+  config.rollout.max_prompt_tokens = 16
+  config.rollout.max_tokens = 128
+  config.warm_start.batch_size = 64
+  if method in ("short", "long"):
+    config.tokenizer.path = "think"  # There is nothing beside a start that is not made yet.
+  if method == "short":
+    config.task.options.num_steps = 2
+    config.rollout.max_tokens = 64
+    config.warm_start.num_steps = 2500
+    config.warm_start.learning_rate = 2e-3
+  if method == "long":
+    config.warm_start.initial_params = "runs/think-short.safetensors"
+    config.warm_start.num_steps = 2500
+    config.warm_start.learning_rate = 1.5e-3
+  return config
