@@ -38,7 +38,8 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
     config.warm_start.num_steps = 2500
     config.warm_start.learning_rate = 2e-3
   if method == "long":
+    config.rollout.max_tokens = 144  # Of 25,000 traces of the teacher the longest had 125 tokens.
     config.warm_start.initial_params = "runs/think-short.safetensors"
-    config.warm_start.num_steps = 2500
+    config.warm_start.num_steps = 1500
     config.warm_start.learning_rate = 1.5e-3
   return config

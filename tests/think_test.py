@@ -124,3 +124,32 @@ def test_a_trace_is_thought_exit_solution_answer_and_end(codec):
   assert ids[-1] == codec.eos_id and ids.count(codec.exit_ids[0]) == 1
   text = codec.response(ids)
   assert text == "".join(trace.steps) + "</think>" + "".join(trace.solution) + f"Answer {trace.answer}"
+
+
+def test_habits_by_hand():
+  exit = "</think>"
+  texts = [
+    # A slip, noticed in the next line; every line readable; a solution that copies all.
+    "3-6=8\nWait 3-6=7\n7+9=6\n6*7=2\n" + exit + "3-6=7\n7+9=6\n6*7=2\nAnswer 2",
+    # A slip that is not noticed, a right line said again, and a solution with one step of three not copied.
+    "3-6=7\nLet me check 3-6=7\n7+9=5\n5*7=5\n" + exit + "-6 gives 7\n+9 gives 6\n*7 gives 5\nAnswer 5",
+    # A thought that cannot be read, and no solution.
+    "what?\n" + exit + "Answer 2",
+    # No exit.
+    "3-6=7\n",
+  ]
+  found = think.habits([EXAMPLE] * 4, texts)
+  assert found["readable"] == 2 / 4 and found["solved"] == 2 / 4
+  assert found["copied"] == 5 / 6
+  # Lines not said again: 3 + 3 of the first two, 1 of the last. Slips are 3-6=8 and 7+9=5.
+  assert found["noticed_wrong"] == 1 / 2 and found["noticed_right"] == 1 / 5
+  assert found["thought_lines"] == (4 + 4 + 1 + 1) / 4
+  # The teacher is what it says of itself.
+  task, rng = Think(split="train"), np.random.default_rng(3)
+  examples = [task[i] for i in range(400)]
+  traces = [task.teacher_trace(example, rng) for example in examples]
+  answer = lambda trace: "".join(trace.solution) + f"Answer {trace.answer}"
+  taught = think.habits(examples, ["".join(trace.steps) + exit + answer(trace) for trace in traces])
+  assert taught["readable"] > 0.99 and taught["copied"] > 0.99 and 0.85 < taught["solved"] < 0.95
+  assert taught["noticed_wrong"] > 4 * taught["noticed_right"] > 0
+  assert all(np.isnan(think.habits([], [])[name]) for name in ("readable", "copied", "noticed_wrong"))

@@ -14,7 +14,7 @@ the thought did not reach are guessed, and guessed right less often.
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class Teacher:
   mend: float = 0.95  # Steps said again that are right.
   pair: float = 0.25  # Lines of two steps.
   filler: float = 0.06  # Lines that say nothing.
+  lines: int = 9  # From this line on nothing is said again and no line says nothing, so that length is bounded.
   early: float = 0.25  # Traces that leave the thought before a uniformly drawn step.
   guess: float = 0.6  # Steps that the thought did not reach and that the solution has right.
   direct: float = 0.1  # Traces that answer without a solution.
@@ -49,7 +50,7 @@ class Think(Chain):
   name = "think"
   aligned = False
 
-  def __init__(self, *, split: str, size: int = 1 << 20, num_steps: int = 6, seed: int = 0, **rates: float):
+  def __init__(self, *, split: str, size: int = 1 << 20, num_steps: int = 6, seed: int = 0, **rates: Any):
     """
     Args:
       split, size, num_steps, seed: see `Chain`.
@@ -173,7 +174,7 @@ def teacher_trace(example: tasks.Example, rng: np.random.Generator, rates: Teach
   writer = _Writer(operations, rng, rates, lines=[], said=[None] * total, value=start)
   pending: tuple[int, int, int] | None = None  # A wrong line to come back to after the next one.
   while writer.done < reach:
-    if rng.random() < rates.filler:
+    if rng.random() < rates.filler and len(writer.lines) < rates.lines:
       writer.lines.append(_FILLER)
     size = 2 if writer.done + 2 <= reach and rng.random() < rates.pair else 1
     line = (writer.done, size, writer.value)
@@ -184,7 +185,7 @@ def teacher_trace(example: tasks.Example, rng: np.random.Generator, rates: Teach
         pending = line
       else:
         back = line
-    if back is not None:
+    if back is not None and len(writer.lines) < rates.lines:
       writer.say(*back, 1 - rates.mend, again=True)
   values = [start]
   for operation, said in zip(operations, writer.said):
