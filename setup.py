@@ -43,7 +43,11 @@ setuptools.setup(
       "tensorboardX>=2.6.2.2",
       "matplotlib>=3.9",
       "tqdm>=4.66",
+      "rich>=13.7",
     ],
+    # Where metrics go beside metrics.jsonl and TensorBoard, by config.tracker.
+    "wandb": ["wandb>=0.19"],
+    "trackio": ["trackio>=0.9"],
     # For NVIDIA GPUs.
     "cuda": ["jax[cuda12]>=0.10"],
     # libtpu of the version that belongs to the jax installed: tools/tpu_compile.py compiles with it on a CPU.
