@@ -140,6 +140,7 @@ def test_the_table_in_the_docs_has_the_same_names():
 @pytest.fixture
 def impatient(monkeypatch):
   monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 3.0)
+  monkeypatch.setattr(tracking, "_STOP_SECONDS", 0.5)
   monkeypatch.setattr(tracking, "_SILENT_SECONDS", 0.2)
 
 
@@ -197,6 +198,22 @@ def test_one_that_hangs_is_left_behind(tmp_path, monkeypatch, caplog, impatient,
   if place == "log":
     assert silent
   assert "did not end within" in caplog.text or silent
+
+
+def test_a_run_that_fails_or_is_told_to_stop_waits_less(tmp_path, monkeypatch, caplog, impatient):
+  monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 100.0)
+  monkeypatch.setenv("STUB_FAULT", "hang init")
+  (tmp_path / "first").mkdir()
+  began = time.monotonic()
+  with caplog.at_level(logging.WARNING):
+    with pytest.raises(FloatingPointError), tracking.opened("wandb", tmp_path / "first", CONFIG) as tracker:
+      tracker.add(1, {"x": 1.0})
+      raise FloatingPointError
+    with tracking.opened("wandb", tmp_path / "first", CONFIG) as tracker:
+      tracker.add(1, {"x": 1.0})
+      tracker.close(in_haste=True)
+  assert time.monotonic() - began < 20
+  assert tracker.num_lost == 1 and caplog.text.count("lacks 1 steps") == 2
 
 
 def test_what_waits_is_bounded_and_what_is_left_out_is_counted(tmp_path, monkeypatch, impatient):

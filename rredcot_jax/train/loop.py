@@ -49,7 +49,10 @@ def run(
     live.View(workdir.name, shown=processes.is_main()) as view,
     tracking.opened(tracker, workdir, config.to_dict()) as tracked,
   ):
-    return _train(config, workdir, view, tracked, notice=notice, claim=claim)
+    finished = _train(config, workdir, view, tracked, notice=notice, claim=claim)
+    if tracked is not None:
+      tracked.close(in_haste=not finished)
+  return finished
 
 
 def _train(

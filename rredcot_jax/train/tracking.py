@@ -41,7 +41,8 @@ STEP = "train/global_step"  # The horizontal axis, as transformers calls it.
 
 _MOST_WAITING = 8 << 20  # Bytes of metrics that the tracker has not read yet; a step has about 2 kB.
 _SILENT_SECONDS = 60.0  # A tracker that has not answered for so long is named.
-_CLOSE_SECONDS = 20.0  # What the end of a run waits for its tracker.
+_CLOSE_SECONDS = 60.0  # What the end of a run waits for its tracker.
+_STOP_SECONDS = 5.0  # What a run waits that was told to stop or has failed, because its machine may go.
 _PROCESS = pathlib.Path(__file__).with_name("tracker_process.py")
 
 
@@ -83,12 +84,14 @@ def opened(tracker: str, workdir: pathlib.Path, config: Mapping[str, Any]) -> It
   opened = Tracker(tracker, workdir, config)
   try:
     yield opened
-  finally:
-    opened.close()
+  except BaseException:
+    opened.close(in_haste=True)
+    raise
+  opened.close()
 
 
 class Tracker:
-  """Sends lines of metrics to a tracker. Nothing here raises or waits, but for `close`, which waits 20 s at most."""
+  """Sends lines of metrics to a tracker. Nothing here raises or waits, but for `close`."""
 
   def __init__(self, name: str, workdir: pathlib.Path, config: Mapping[str, Any]):
     self._name, self._loss = name, config["loss"]["name"]
@@ -96,7 +99,7 @@ class Tracker:
     self._answers = b""  # The part of a line that it has said so far.
     self._sent = self._answered = self._lost = 0  # Steps.
     self._heard = time.monotonic()
-    self._warned = False
+    self._warned = self._closed = False
     self._log = workdir / "tracker.log"
     self._process: subprocess.Popen | None = None
     try:
@@ -134,9 +137,17 @@ class Tracker:
     self._sent += 1
     self._put({"step": step, "values": finite | {STEP: step}})
 
-  def close(self) -> None:
-    """Ends the tracker's run. A tracker that does not end within 20 s is stopped. Says how many steps it lacks."""
-    deadline = time.monotonic() + _CLOSE_SECONDS
+  def close(self, *, in_haste: bool = False) -> None:
+    """Ends the tracker's run, and says how many steps it lacks; the second time it does nothing.
+
+    Args:
+      in_haste: waits 5 s for it and not 60 s, and then stops it.
+    """
+    if self._closed:
+      return
+    self._closed = True
+    seconds = _STOP_SECONDS if in_haste else _CLOSE_SECONDS
+    deadline = time.monotonic() + seconds
     while self._waiting and self._process is not None and time.monotonic() < deadline:
       self._listen(deadline - time.monotonic())
     process, self._process = self._process, None
@@ -148,7 +159,7 @@ class Tracker:
       except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        self._warn(f"did not end within {_CLOSE_SECONDS:.0f} s and was stopped")
+        self._warn(f"did not end within {seconds:.0f} s and was stopped")
       self._hear(process.stdout.read() or b"")
       _close(process.stdout)
       self._lost += self._sent - self._answered
