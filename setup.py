@@ -52,6 +52,8 @@ setuptools.setup(
     "cuda": ["jax[cuda12]>=0.10"],
     # libtpu of the version that belongs to the jax installed: tools/tpu_compile.py compiles with it on a CPU.
     "tpu-compile": ["jax[tpu]>=0.10"],
+    # The site: make docs.
+    "docs": ["mkdocs>=1.6.1", "mkdocs-material>=9.6", "mkdocstrings>=0.30", "mkdocstrings-python>=1.16", "ruff>=0.9"],
     "test": [
       "pytest>=8",
       "pytest-xdist>=3.6",
