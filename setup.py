@@ -46,8 +46,8 @@ setuptools.setup(
       "rich>=13.7",
     ],
     # Where metrics go beside metrics.jsonl and TensorBoard, by config.tracker.
-    "wandb": ["wandb>=0.19"],
-    "trackio": ["trackio>=0.9"],
+    "wandb": ["wandb>=0.31"],
+    "trackio": ["trackio>=0.43"],
     # For NVIDIA GPUs.
     "cuda": ["jax[cuda12]>=0.10"],
     # libtpu of the version that belongs to the jax installed: tools/tpu_compile.py compiles with it on a CPU.

@@ -54,7 +54,7 @@ def test_credit_is_shown(clock):
   credit = {"credit/covered_states": 0.93, "credit/effective_sample_size": 3.25, "credit/initial_value": 0.45}
   view.show([step(1, **credit, **{"train/kl": 0.00123, "train/zero_variance_groups": 0.25})])
   text = view.plain()
-  for part in ("KL 0.0012", "groups without spread 25.0%", "states with a value 93.0%", "samples a value 3.25"):
+  for part in ("KL 0.0012", "equal rewards in group 25.0%", "states with a value 93.0%", "samples a value 3.25"):
     assert part in text
   assert "v(s_0) 0.450" in text and "left" not in text  # One step says nothing about the time.
 

@@ -128,7 +128,7 @@ class View(contextlib.AbstractContextManager):
       ("reward", _number(get("train/reward"), "{:.3f}")),
       ("KL", _number(get("train/kl"), "{:.2g}")),
       ("entropy", _number(get("train/entropy"), "{:.3f}")),
-      ("groups without spread", _percent(get("train/zero_variance_groups"))),
+      ("equal rewards in group", _percent(get("train/zero_variance_groups"))),
       ("states with a value", _percent(get("credit/covered_states"))),
       ("samples a value", _number(get("credit/effective_sample_size"), "{:.2f}")),
       ("v(s_0)", _number(get("credit/initial_value"), "{:.3f}")),
