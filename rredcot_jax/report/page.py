@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _PACKAGE = "rredcot_jax.report"
 TRACES_PER_RUN = 12
+PROMPTS_COMPARED = 4  # shown side by side, where several runs have traces of them
+RUNS_COMPARED = 4
 MAX_NAME = 300  # characters of a run's name, a title or a caption, shown
 MAX_PROMPT = 4000  # of a prompt, a table's cell or an answer
 MAX_CHARACTERS = 150_000  # of a trace or a configuration
@@ -60,6 +62,7 @@ def write_report(
   a trace whose fields disagree.
   """
   metrics = {name: records.read_metrics(Path(run) / "metrics.jsonl") for name, run in runs.items()}
+  traces = {name: records.distinct_traces(Path(run) / "traces.jsonl") for name, run in runs.items()}
   number = itertools.count()
   drawn = lambda figure: Markup(plots.svg(figure, f"figure-{next(number)}-"))
   write_page(
@@ -72,7 +75,8 @@ def write_report(
     curves=[(name, figure and drawn(figure)) for name, figure in plots.curves(metrics)],
     smoothing=plots.SMOOTHING,
     lost={name: count for name, rows in metrics.items() if (count := _not_finite(rows))},
-    credited=[_credited(name, Path(run)) for name, run in runs.items()],
+    credited=[_credited(place, name, Path(run), traces[name]) for place, (name, run) in enumerate(runs.items())],
+    compared=_compared(traces),
     configs=[(name, _config(Path(run) / "config.json")) for name, run in runs.items()],
   )
 
@@ -200,10 +204,8 @@ def _why_no_credit(workdir: Path) -> str:
 # ---- Traces ------------------------------------------------------------------------------
 
 
-def _credited(name: str, workdir: Path) -> dict[str, Any]:
-  """What the section on a run's traces shows."""
-  path = workdir / "traces.jsonl"
-  traces = records.distinct_traces(path)
+def _credited(place: int, name: str, workdir: Path, traces: Sequence[records.Trace]) -> dict[str, Any]:
+  """What the section on a run's traces shows; `place` is the run's on the page."""
   if not traces:
     return {"name": name, "traces": [], "why": _why_no_credit(workdir)}
   chosen = records.most_informative(traces, TRACES_PER_RUN)
@@ -213,17 +215,35 @@ def _credited(name: str, workdir: Path) -> dict[str, Any]:
     "scale": scale,
     "distinct": len(traces),
     "logged": sum(trace.copies for trace in traces),
-    "traces": [_trace(trace, scale) for trace in chosen],
+    "traces": [_trace(f"trace-{place}-{number}", trace, scale) for number, trace in enumerate(chosen)],
   }
 
 
-def _trace(trace: records.Trace, scale: float) -> dict[str, Any]:
+def _compared(traces: Mapping[str, Sequence[records.Trace]]) -> list[list[tuple[str, dict[str, Any]]]]:
+  """For some prompts that several runs have traces of: each run's name and its latest trace, of equal steps the one
+  with the largest |r|. Prompts on which the runs disagree come first, then those with the largest |r|."""
+  groups: dict[str, dict[str, records.Trace]] = {}
+  for name, found in traces.items():
+    for trace in sorted(found, key=lambda one: (records.number(one.step), one.peak)):
+      groups.setdefault(trace.prompt, {})[name] = trace
+  several = [list(group.items())[:RUNS_COMPARED] for group in groups.values() if len(group) > 1]
+  order = lambda group: (len({one.verdict for _, one in group}) == 1, -max(one.peak for _, one in group))
+  chosen = sorted(several, key=order)[:PROMPTS_COMPARED]
+  scale = records.scale_of([trace for group in chosen for _, trace in group])
+  return [
+    [(name, _trace(f"same-{place}-{number}", trace, scale)) for number, (name, trace) in enumerate(group)]
+    for place, group in enumerate(chosen)
+  ]
+
+
+def _trace(anchor: str, trace: records.Trace, scale: float) -> dict[str, Any]:
   shown, left_out = records.shown_segments(trace, MAX_CHARACTERS)
   folded = sum(len(text) for _, text in shown) > FOLDED_FROM
   wrong = [segment.index for segment in trace.segments if segment.first_wrong]
   prompt = shorten(trace.prompt, MAX_PROMPT)
   fold = _fold(prompt) if len(prompt) > _FOLDED_PROMPT else len(prompt)
   return {
+    "anchor": anchor,
     "trace": trace,
     "prompt_head": prompt[:fold],
     "prompt_rest": prompt[fold:],

@@ -28,6 +28,7 @@ class Segment:
   after: float  # v(s_{k+1})
   advantage: float  # Mean of A_t over the segment; NaN if it has no token or the trace no advantages.
   first_wrong: bool
+  entropy: float = math.nan  # Nats, of the policy at the segment's first token; NaN where the run did not say it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,15 @@ class Trace:
   def peak(self) -> float:
     """The largest finite |r_k|, 0 if there is none."""
     return max((abs(s.reward) for s in self.segments if math.isfinite(s.reward)), default=0.0)
+
+  @property
+  def concentration(self) -> float:
+    """sum r_k^2 / (sum |r_k|)^2 over finite r_k, in [1/K, 1]: 1 where one segment has all credit; 0 without credit."""
+    if not self.peak:
+      return 0.0
+    # Over the largest, because the sum of what a file holds may be larger than any float.
+    sizes = [abs(s.reward) / self.peak for s in self.segments if math.isfinite(s.reward)]
+    return math.fsum(size**2 for size in sizes) / math.fsum(sizes) ** 2
 
   @property
   def is_right(self) -> bool:
@@ -141,6 +151,9 @@ def parse_trace(record: Mapping) -> Trace:
       f"{where} does not fit together: {sizes[0]} tokens, {sizes[1]} segment_ids up"
       f" to {max(ids, default=-1)}, {sizes[2]} advantages, {sizes[3]} values, {sizes[4]} rewards"
     )
+  entropies = _numbers(record, "entropies", where) if record.get("entropies") else [math.nan] * len(rewards)
+  if len(entropies) != len(rewards):
+    raise ValueError(f"{where} does not fit together: {len(entropies)} entropies, {len(rewards)} rewards")
   wrong = record.get("first_wrong_segment")
   places: list[list[int]] = [[] for _ in rewards]
   for t, k in enumerate(ids):
@@ -150,7 +163,7 @@ def parse_trace(record: Mapping) -> Trace:
   for k, inside in enumerate(places):
     mean = sum(advantages[t] for t in inside) / len(inside) if inside else math.nan
     text, end = "".join(tokens[t] for t in inside), start + len(inside)
-    segments.append(Segment(k, start, end, text, rewards[k], values[k], values[k + 1], mean, k == wrong))
+    segments.append(Segment(k, start, end, text, rewards[k], values[k], values[k + 1], mean, k == wrong, entropies[k]))
     start = end
   return Trace(
     step=record["step"],

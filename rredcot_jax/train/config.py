@@ -155,6 +155,8 @@ def default_config() -> ConfigDict:
   config.distributed.heartbeat_seconds = 100  # A process silent for so long is considered dead, and the others stop.
 
   config.num_traces = 8  # Traces kept for the report, at every evaluation.
+  # tracking.TRACKERS: where metrics go beside metrics.jsonl and TensorBoard; wandb or trackio, which must be installed.
+  config.tracker = "none"
   config.lock()
   return _open_options(config)
 

@@ -17,14 +17,14 @@ def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
 
 
 # Keys that do not change what a run computes, but for the order of float32 sums.
-_LAYOUT = ("mesh.", "rollout_mesh.", "distributed.", "checkpoint.")
+_LAYOUT = ("mesh.", "rollout_mesh.", "distributed.", "checkpoint.", "tracker")
 
 
 def run_differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
   """As `differences`, between a run's stored configuration and one to resume it with.
 
   A key that an older run does not have is assumed to have its default. Keys of the layout
-  (mesh, rollout_mesh, distributed, checkpoint) may change.
+  (mesh, rollout_mesh, distributed, checkpoint) and the tracker may change.
   """
   flat = _flatten(default_config().to_dict()) | _flatten(held)
   kept = lambda tree: {name: value for name, value in tree.items() if not name.startswith(_LAYOUT)}

@@ -14,14 +14,14 @@ import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from rredcot_jax.credit.source import Batch
 from rredcot_jax.data import batching, judging, tasks
 from rredcot_jax.data.encoding import Codec
 from rredcot_jax.ops import composition, losses, types
 from rredcot_jax.parallel import processes, sharding
-from rredcot_jax.train import checkpoint, evaluation, metrics, preflight, trace_records
+from rredcot_jax.report import live
+from rredcot_jax.train import checkpoint, evaluation, metrics, preflight, trace_records, tracking
 from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
 
@@ -44,6 +44,27 @@ def run(
   Returns:
     True if the run came to its end. False if any process was told to stop; everything is saved then.
   """
+  tracker = config.tracker if processes.is_main() else "none"
+  with (
+    live.View(workdir.name, shown=processes.is_main()) as view,
+    tracking.opened(tracker, workdir, config.to_dict()) as tracked,
+  ):
+    finished = _train(config, workdir, view, tracked, notice=notice, claim=claim)
+    if tracked is not None:
+      tracked.close(in_haste=not finished)
+  return finished
+
+
+def _train(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  view: live.View,
+  tracker: tracking.Tracker | None,
+  *,
+  notice: processes.StopNotice | None,
+  claim: workdir_lib.Claim | None,
+) -> bool:
+  """`run`, given what shows it and who else gets its metrics."""
   # ---- Task, tokenizer, model, layout ------------------------------------------------------
   experiment = Experiment(config)
   task, codec, group_size = experiment.train_task, experiment.codec, config.rollout.group_size
@@ -85,7 +106,7 @@ def run(
 
   # ---- Metrics -----------------------------------------------------------------------------
   resume_step = first if restored is not None else -1
-  writer = metrics.MetricsWriter(workdir, resume_step=resume_step, writes=processes.is_main())
+  writer = metrics.MetricsWriter(workdir, resume_step=resume_step, writes=processes.is_main(), tracker=tracker)
   if processes.is_main():
     metrics.drop_lines_after(workdir / "traces.jsonl", resume_step)
 
@@ -103,24 +124,22 @@ def run(
     writer.write(step, result | {"train/rollout_tokens": rollout_tokens})
     return True
 
-  finite = lambda lines: check_finite(lines, workdir, recent, skipped=config.loss.non_finite == "skip")
+  def note(lines: list[dict]) -> None:
+    view.show(check_finite(lines, workdir, recent, skipped=config.loss.non_finite == "skip"))
 
   def save_at(step: int, dealt: dict) -> None:
     # Metrics first, because a resumed run relies on the lines before its checkpoint.
-    finite(writer.flush())
+    note(writer.flush())
     saver.save(step, state, {"prompts": dealt, "rollout_tokens": rollout_tokens})
 
+  view.begin(step=first, total=config.num_steps, tokens=rollout_tokens)
   recent: dict[int, Any] = {}  # The last two steps' batches, because metrics arrive a step late.
   stopped = needs_evaluation(config, workdir, first, restored is not None) and not evaluate_at(first)
   if stopped:
     save_at(first, prompts.get_state())
 
   # ---- The loop ----------------------------------------------------------------------------
-  progress = tqdm(
-    range(first, first if stopped else config.num_steps), initial=first, total=config.num_steps, desc=workdir.name,
-    disable=not processes.is_main(),
-  )  # fmt: skip
-  for step in progress:
+  for step in range(first, first if stopped else config.num_steps):
     began = time.perf_counter()
     saver.check()
     if claim is not None:
@@ -179,13 +198,13 @@ def run(
     rollout_tokens += int(lengths.sum())
     now |= {"train/rollout_tokens": rollout_tokens, "train/credit_seconds": credit_seconds}
     now |= {"train/step_seconds": time.perf_counter() - began}
-    show(progress, finite(writer.write(step + 1, now)))
+    note(writer.write(step + 1, now))
 
     # ---- Evaluate, then checkpoint, then advance -------------------------------------------
     done = step + 1
     last = done == config.num_steps
     if last or done % config.evaluation.every == 0:
-      show(progress, finite(writer.flush()))
+      note(writer.flush())
       # Traces first, because a run that is told to stop evaluates after it has been resumed, and has no rollout then.
       write_traces(workdir, done, task, codec, dealt, rollout, segments, assigned.credit, returns, config)
       stopped = not evaluate_at(done)
@@ -279,12 +298,6 @@ def check_finite(lines: list[dict], workdir: pathlib.Path, recent: dict[int, Any
       )
     logging.warning("%s, and the step is skipped: parameters and optimizer are as before.", message)
   return lines
-
-
-def show(progress: tqdm, lines: list[dict]) -> None:
-  for line in lines:
-    if "train/reward" in line:
-      progress.set_postfix(reward=f"{line['train/reward']:.2f}", refresh=False)
 
 
 def write_traces(

@@ -1,8 +1,8 @@
-"""Metrics of a run: JSON lines and TensorBoard, fetched a step late.
+"""Metrics of a run: JSON lines, TensorBoard and a tracker, fetched a step late.
 
 Fetching a step's metrics waits for that step. So they are fetched after the next step
 has been dispatched, and the device is not idle meanwhile. The thread that trains writes
-them, because an error of a background thread would not be seen.
+them, because an error of a background thread would not be seen. A tracker has a process of its own (`tracking.py`).
 """
 
 import json
@@ -20,22 +20,31 @@ import tensorboardX.proto.event_pb2 as event_pb2
 import tensorboardX.proto.summary_pb2 as summary_pb2
 
 from rredcot_jax.report import files
+from rredcot_jax.train import tracking
 from rredcot_jax.train import workdir as workdir_lib
 
 
 class MetricsWriter:
-  """Appends to `metrics.jsonl` (and TensorBoard) in a work directory."""
+  """Appends to `metrics.jsonl` (and TensorBoard) in a work directory, and hands over to a tracker."""
 
-  def __init__(self, workdir: str | os.PathLike, *, resume_step: int, writes: bool = True):
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    resume_step: int,
+    writes: bool = True,
+    tracker: tracking.Tracker | None = None,
+  ):
     """Opens the files, and drops lines of steps after `resume_step`, which will be run again.
 
-    With `writes` off it only reads the metrics, because one of several processes writes.
+    With `writes` off it only reads the metrics, because one of several processes writes. The caller closes the tracker.
 
     Raises:
       WriteFailed: if `metrics.jsonl` cannot be written.
     """
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     self._writes = writes
+    self._tracker = tracker if writes else None
     self._board = _Board(pathlib.Path(workdir) / "tensorboard", resume_step + 1) if writes else None
     if writes:
       drop_lines_after(self._path, resume_step)
@@ -55,7 +64,7 @@ class MetricsWriter:
   def flush(self) -> list[dict]:
     """Writes everything taken so far, durably; returns the lines.
 
-    If TensorBoard could not be written, a line says how many steps it lacks.
+    If TensorBoard or the tracker did not take all, a line says how many steps it lacks.
 
     Raises:
       WriteFailed: if `metrics.jsonl` cannot be written; it ends with its last whole line then.
@@ -68,6 +77,10 @@ class MetricsWriter:
         self._board.add(step, values)
         if self._board.num_lost:
           values["train/tensorboard_lost"] = float(self._board.num_lost)
+      if self._tracker is not None:
+        self._tracker.add(step, values)
+        if self._tracker.num_lost:
+          values["train/tracker_lost"] = float(self._tracker.num_lost)
       lines.append({"step": step, **values})
     if lines and self._writes:
       append_lines(self._path, lines)

@@ -34,6 +34,7 @@ def trace_record(
     "values": credit.values[: num_segments + 1].tolist(),
     "rewards": credit.rewards[:num_segments].tolist(),
     "advantages": credit.advantages[:length].tolist(),
+    "entropies": rollout.entropy[segments.starts[:num_segments]].tolist(),
     "return": float(return_),
     "answer": example.answer,
     "first_wrong_segment": wrong,

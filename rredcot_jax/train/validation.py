@@ -12,7 +12,7 @@ from rredcot_jax.data.encoding import Layout
 from rredcot_jax.model.config import ATTENTIONS, DTYPES, REMATS
 from rredcot_jax.ops import advantages, banks, losses, redistribution, segmentation, values
 from rredcot_jax.ops.names import check_option, resolve
-from rredcot_jax.train import preflight
+from rredcot_jax.train import preflight, tracking
 
 _WORD, _NAMED = object(), object()  # A built-in name alone, or also "package.module:name".
 
@@ -32,6 +32,7 @@ _CHOICES: Mapping[str, tuple[tuple[str, ...], object]] = {
   "loss.kl": (losses.KL_ESTIMATORS, _WORD),
   "loss.non_finite": (("stop", "skip"), _WORD),
   "checkpoint.on_failure": (("stop", "continue"), _WORD),
+  "tracker": (tracking.TRACKERS, _WORD),
   "compute.dtype": (DTYPES, _WORD),
   "compute.remat": (REMATS, _WORD),
   "compute.attention": (ATTENTIONS, _WORD),
@@ -114,6 +115,7 @@ def validate(config: ConfigDict) -> None:
       least_words = f"at least {low:g}" if closed else f"above {low:g}"
       raise ValueError(f"{name}={number!r} must be a finite number, {least_words} and at most {high:g}.")
   _check_finite("", config.to_dict())
+  tracking.check_installed(config.tracker)
   _check_meshes(config)
   _check_rows(config)
   _check_losses(config)

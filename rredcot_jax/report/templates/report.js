@@ -1,6 +1,6 @@
 "use strict";
-// Filters and sorts the traces, unfolds their segments, and moves between segments by arrow keys. Without it
-// everything is there, in the order of the file.
+// Filters and sorts the traces, unfolds their segments, moves between segments by arrow keys and between traces by
+// j and k, and opens what the address names. Without it everything is there, in the order of the file.
 (() => {
   const controls = document.querySelector(".controls");
   const lists = [...document.querySelectorAll(".traces")];
@@ -35,7 +35,20 @@
       if (open || details.parentElement.tagName === "LI") details.open = open;
     }
   });
+  const go = (element) => {
+    element.scrollIntoView({ block: "nearest" });
+    element.focus({ preventScroll: true });
+  };
   document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("select, input, textarea")) return;
+    const trace = { j: 1, k: -1 }[event.key];
+    if (trace) {
+      const links = [...document.querySelectorAll("article:not([hidden]) .link")];
+      const here = event.target.closest("article");
+      const place = here ? links.indexOf(here.querySelector(".link")) + trace : trace > 0 ? 0 : -1;
+      if (links[place]) go(links[place]);
+      return;
+    }
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     const row = event.target.closest(".segments > li");
     if (!step || !row) return;
@@ -45,6 +58,29 @@
       next.querySelector("summary").focus();
     }
   });
+
+  // The address follows the focus, and what it names is opened.
+  document.addEventListener("focusin", (event) => {
+    const named = event.target.closest(".segments > li, article");
+    if (named && location.hash !== `#${named.id}`) history.replaceState(null, "", `#${named.id}`);
+  });
+  function open() {
+    const named = document.getElementById(location.hash.slice(1));
+    const article = named && named.closest("article");
+    if (!article) return;
+    if (article.hidden) {
+      controls.elements.show.value = "all";
+      update();
+    }
+    for (let part = named; part !== article; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
+    const own = named.querySelector(":scope > details");
+    if (own && named !== article) own.open = true;
+    named.scrollIntoView({ block: named === article ? "start" : "center" });
+    (named === article ? article.querySelector(".link") : named.querySelector("summary")).focus({ preventScroll: true });
+  }
+  window.addEventListener("hashchange", open);
   controls.hidden = false;
   update();
+  // The browser itself goes to the place first, and takes the focus away.
+  window.addEventListener("load", () => requestAnimationFrame(open));
 })();
