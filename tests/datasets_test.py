@@ -261,6 +261,7 @@ WRONG_ROWS = {
   "nothing after the mark": ("gsm8k", {"question": "q", "answer": "a\n#### "}, ["no answer", "#### <answer>"]),
   "mark before the last line": ("gsm8k", {"question": "q", "answer": "#### 4\na"}, ["no answer", "#### <answer>"]),
   "no answer": ("aime", {"problem": "p", "key": 1}, ["'answer' or 'Answer'", "its fields are problem, key"]),
+  "hostile fields": ("aime", {"\x1b[2J" + "x" * 9999: "p"}, ["its fields are \\x1b[2Jxx", "more characters"]),
   "null answer": ("aime", {"problem": "p", "answer": None}, ["no answer", "'answer' or 'Answer'"]),
   "answer not a number": ("aime", {"problem": "p", "answer": float("nan")}, ["'answer' is nan"]),
   "answer of truth": ("aime", {"problem": "p", "answer": True}, ["'answer'", "no text: True"]),

@@ -46,6 +46,7 @@ from rredcot_jax.data.encoding import THINK_CLOSE
 from rredcot_jax.data.reasoning_gym import split_of
 from rredcot_jax.data.tasks import Example
 from rredcot_jax.ops import names
+from rredcot_jax.report.text import shorten, visible
 
 SPLITS = ("train", "eval")
 
@@ -366,8 +367,7 @@ def _parse(schema: Schema, row: _Row, match: Callable[[str, str], float]) -> dic
       raise RowWithoutAnswerError(f"{row}: the row has no answer: its solution has no \\boxed{{...}}.")
   elif not answer:
     raise RowWithoutAnswerError(
-      f"{row}: the row has no answer: no value in a field {_either(schema.answer)}; "
-      f"its fields are {', '.join(row.present)}."
+      f"{row}: the row has no answer: no value in a field {_either(schema.answer)}; its fields are {_fields(row)}."
     )
   if match(THINK_CLOSE + answer, answer) != 1.0:
     raise RowWithoutAnswerError(
@@ -428,7 +428,11 @@ def _text(row: _Row, names: Sequence[str], *, numbers: bool = False) -> str | No
 
 
 def _missing(row: _Row, names: Sequence[str]) -> str:
-  return f"{row}: no value in a field {_either(names)}; its fields are {', '.join(row.present) or 'none'}."
+  return f"{row}: no value in a field {_either(names)}; its fields are {_fields(row)}."
+
+
+def _fields(row: _Row) -> str:
+  return visible(shorten(", ".join(row.present), 200)) or "none"
 
 
 def _either(names: Sequence[str]) -> str:

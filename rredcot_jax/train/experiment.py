@@ -91,17 +91,27 @@ class Experiment:
     task = config.evaluation.task if split == "eval" and config.evaluation.task.name else config.task
     return {"name": task.name, "split": split, **task.options.to_dict()}
 
-  def fingerprints(self, splits: Sequence[str] = ("train", "eval")) -> dict[str, str]:
+  def fingerprints(self, splits: Sequence[str] = ("train", "eval"), *, start: str | None = None) -> dict[str, str]:
     """Hashes of what a run is made from, by name: a path in the configuration does not say what lies there.
 
-    "code", "tokenizer" (with its chat template), "start" (the starting parameters, where there are any), and
-    "train" and "eval" (the rows of a task that has a `fingerprint`).
+    "code", "own code" (packages that the configuration names), "tokenizer" (with its chat template), "ends"
+    (the ids that end a trace), "start" (the starting parameters), and "train" and "eval" (the rows of a task
+    that has a `fingerprint`). What there is none of is left out.
+
+    Args:
+      splits: whose rows are hashed.
+      start: the path of the starting parameters; None is `initial_params`.
     """
+    start = self.config.initial_params if start is None else start
     loaded = self.codec.tokenizer
     described = [loaded.backend_tokenizer.to_str(), loaded.chat_template if self.codec.chat else None]
     prints = {"code": workdir_lib.hash_of_code(), "tokenizer": workdir_lib.hash_of_values(described)}
-    if self.config.initial_params:
-      prints["start"] = workdir_lib.hash_of_files([initial.locate(self.config.initial_params)])
+    prints["ends"] = workdir_lib.hash_of_values(self.codec.end_ids)
+    own_code = workdir_lib.hash_of_own_code(self.config)
+    if own_code:
+      prints["own code"] = own_code
+    if start:
+      prints["start"] = workdir_lib.hash_of_files([initial.locate(start)])
     for split in splits:
       task = self.train_task if split == "train" else self.held_out
       if hasattr(task, "fingerprint"):

@@ -51,7 +51,7 @@ def damage(directory: str | os.PathLike, *, part: int = 0, parts: int = 1) -> st
     if held["format"] != _FORMAT:
       return f"{NAME} has the format {held['format']!r}, not {_FORMAT}"
     entries = {str(name): (int(size), str(digest)) for name, (size, digest) in held["files"].items()}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     return f"{NAME} is not readable ({type(error).__name__})"
   if any(pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts for name in entries):
     return f"{NAME} names files outside of its directory"
@@ -59,7 +59,7 @@ def damage(directory: str | os.PathLike, *, part: int = 0, parts: int = 1) -> st
   def compare(name: str) -> str:
     try:
       size, digest = _entry(directory, name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
       return f"{name} is not readable ({type(error).__name__})"
     if size != entries[name][0]:
       return f"{name} has {size} bytes and was written with {entries[name][0]}"

@@ -163,7 +163,7 @@ def drop_lines_after(path: str | os.PathLike, step: int) -> None:
     try:
       if json.loads(line)["step"] <= step:
         kept.append(line + "\n")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       damaged += number < len(lines)  # The last one may be half of a line, or empty.
   if damaged:
     logging.warning("%s: %d damaged lines are left out, the others kept.", path, damaged)
@@ -183,6 +183,6 @@ def is_evaluated(path: str | os.PathLike, step: int) -> bool:
       values = json.loads(line)
       if values["step"] == step and "eval/pass@1" in values:
         return True
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       continue
   return False

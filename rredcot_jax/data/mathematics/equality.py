@@ -300,14 +300,19 @@ class _Comparison:
     return self._same_number(gold, answer)
 
   def _same_number(self, gold: Node, answer: Node) -> bool:
-    """Equal values; or one is a decimal of at least `SIGNIFICANT_DIGITS` digits that the other rounds to."""
+    """Equal values; or one is a decimal of at least `SIGNIFICANT_DIGITS` digits that the other rounds to.
+
+    A fraction answers a decimal only if the decimal shows its period: 22/7 is not what 3.142857 asks for.
+    """
     exact = values.exact(gold), values.exact(answer)
     if None not in exact and exact[0] == exact[1]:
       return True
     decimals = sorted((node for node in (gold, answer) if parts.digits_of(node)), key=parts.digits_of)
     if decimals and not forms.symbols_of(gold):
-      other = answer if decimals[0] is gold else gold
-      return parts.digits_of(decimals[0]) >= SIGNIFICANT_DIGITS and self._rounds_to(other, decimals[0])
+      other, digits = answer if decimals[0] is gold else gold, parts.digits_of(decimals[0])
+      if exact[1] is not None and not parts.digits_of(answer) and not values.shows_period(exact[1], digits):
+        return False
+      return digits >= SIGNIFICANT_DIGITS and self._rounds_to(other, decimals[0])
     return None in exact and self._same_value(gold, answer)
 
   def _rounds_to(self, node: Node, decimal: Node) -> bool:
