@@ -312,7 +312,7 @@ def test_a_second_run_is_refused_while_the_first_lives_and_not_after_a_kill(held
 HOSTILE = "\x1b[2J\u202e" + "x" * 10_000
 
 
-def test_what_a_directory_says_can_be_shown(tmp_path, monkeypatch):
+def test_what_a_directory_says_can_be_shown(tmp_path):
   begin(tmp_path, metrics=[0], checkpoints=[2])
   held = json.loads((tmp_path / "config.json").read_text())
   for changes in ({"version": HOSTILE, "format": 2}, {"config": held["config"] | {HOSTILE: HOSTILE}}):
@@ -337,7 +337,8 @@ def test_a_lease_that_is_none_keeps_nobody_out(tmp_path, monkeypatch, lease):
   claim(tmp_path).close()
 
 
-def test_a_file_too_large_is_not_read(tmp_path):
+def test_a_file_too_large_is_not_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir, "_LEASE_SECONDS", 0.2)
   begin(tmp_path)
   for name in ("config.json", "run.lease"):
     with open(tmp_path / name, "ab") as file:
