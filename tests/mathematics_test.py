@@ -407,6 +407,12 @@ def test_why_an_answer_is_not_as_simple(answer, gold, why):
     (r"\frac{22}{7}", "3.142857"),
     ("even", "EVEN"),
     (r"\text{(A)}", "A"),
+    (r"\frac34", r"{3 \over 4}"),
+    ("391", r"\color{red}{391}"),
+    ("391", r"\boldsymbol{391}"),
+    (r"\{1,2\}", r"\lbrace 2,1\rbrace"),
+    ("x<1 or x>2", "x<1, x>2"),
+    ("x=1 or x=2", "x=1 and x=2"),
   ],
 )
 def test_equal_answers(gold, answer):
@@ -444,6 +450,10 @@ def test_equal_answers(gold, answer):
     ("0.142857", r"\frac17"),
     ("0.123457", r"\frac{1234567}{10000000}"),
     ("AB", "ab"),
+    ("391", "39 1"),
+    ("391", r"39\;1"),
+    ("x<1 or x>2", "x<1 and x>2"),
+    ("x>1 and x<2", "x>1 or x<2"),
     ("north", "thorn"),
     ("5", "x"),
     (r"\infty", r"-\infty"),

@@ -69,7 +69,9 @@ def same_text(gold: str, answer: str) -> bool:
 def _plain(text: str) -> str:
   text = re.sub(r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", latex.to_latex(text))
   text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
-  return re.sub(r"\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z])", "", text).strip("$").removesuffix(".")
+  # Between two digits it stays, because `39 1` is not 391.
+  text = re.sub(r"(?:\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z]))+", " ", text)
+  return re.sub(r"(?<!\d) | (?!\d)", "", text).strip("$").removesuffix(".")
 
 
 class _Piece(NamedTuple):
@@ -103,6 +105,11 @@ class _Comparison:
 
   def _list(self, gold: Node, answer: Node) -> bool:
     if answer.kind in ("list", "set"):
+      # `x < 1 and x > 2` is no number, and `x < 1 or x > 2` is nearly all of them.
+      if {gold.name, answer.name} == {"and", "or"} and any(
+        part.kind == "relation" and part.name != "=" for part in gold.args
+      ):
+        return False
       return self._unordered(gold.args, parts.without_names(gold, answer).args, self.answers)
     if gold.name == "or" and self._on_the_line(gold, answer):
       return True
