@@ -337,6 +337,15 @@ def test_a_lease_that_is_none_keeps_nobody_out(tmp_path, monkeypatch, lease):
   claim(tmp_path).close()
 
 
+@pytest.mark.parametrize("prints", [None, [], "x", {"code": 5, "train": None}])
+def test_fingerprints_that_are_none_are_read_as_text(tmp_path, prints):
+  begin(tmp_path, metrics=[0], checkpoints=[2])
+  held = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(held | {"fingerprints": prints}))
+  assert workdir.read(tmp_path)["fingerprints"] in ({}, {"code": "5", "train": "None"})
+  claim(tmp_path, fingerprints={"code": "6"}).close()
+
+
 def test_a_file_too_large_is_not_read(tmp_path, monkeypatch):
   monkeypatch.setattr(workdir, "_LEASE_SECONDS", 0.2)
   begin(tmp_path)

@@ -196,4 +196,6 @@ class _Safetensors:
 
 
 def _is_file_name(value: Any) -> bool:
-  return isinstance(value, str) and value not in ("", "..") and value == pathlib.PurePath(value).name
+  if not isinstance(value, str) or not value.isprintable():
+    return False
+  return value not in ("", "..") and value == pathlib.PurePath(value).name

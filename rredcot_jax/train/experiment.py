@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import optax
+from absl import logging
 from ml_collections import ConfigDict
 
 from rredcot_jax.credit import source
@@ -103,10 +104,7 @@ class Experiment:
       start: the path of the starting parameters; None is `initial_params`.
     """
     start = self.config.initial_params if start is None else start
-    loaded = self.codec.tokenizer
-    described = [loaded.backend_tokenizer.to_str(), loaded.chat_template if self.codec.chat else None]
-    prints = {"code": workdir_lib.hash_of_code(), "tokenizer": workdir_lib.hash_of_values(described)}
-    prints["ends"] = workdir_lib.hash_of_values(self.codec.end_ids)
+    prints = {"code": workdir_lib.hash_of_code(), **self._text_fingerprints}
     own_code = workdir_lib.hash_of_own_code(self.config)
     if own_code:
       prints["own code"] = own_code
@@ -117,6 +115,14 @@ class Experiment:
       if hasattr(task, "fingerprint"):
         prints[split] = task.fingerprint
     return prints
+
+  @property
+  def _text_fingerprints(self) -> dict[str, str]:
+    """Of the tokenizer and of what ends a trace."""
+    loaded = self.codec.tokenizer
+    described = [loaded.backend_tokenizer.to_str(), loaded.chat_template if self.codec.chat else None]
+    hash_of = workdir_lib.hash_of_values
+    return {"tokenizer": hash_of(described), "ends": hash_of(self.codec.end_ids)}
 
   # ---- Model and meshes --------------------------------------------------------------------
 
@@ -178,9 +184,20 @@ class Experiment:
     Raises:
       ValueError: if there is none, or if its model is not this one, naming the sizes that differ.
     """
-    held = ConfigDict(workdir_lib.read(workdir)["config"])
+    read = workdir_lib.read(workdir)
+    held, begun_with = ConfigDict(read["config"]), read.get("fingerprints", {})
+    changed = [name for name, now in self._text_fingerprints.items() if begun_with.get(name, now) != now]
+    if changed:
+      logging.warning(
+        "changed since the run in %s was trained: %s. Its ids may mean other tokens here.",
+        workdir,
+        " and ".join(changed),
+      )
     held.mesh, held.rollout_mesh = self.config.mesh, self.config.rollout_mesh
-    trained = Experiment(held, devices=self._devices)
+    try:
+      trained = Experiment(held, devices=self._devices)
+    except (KeyError, AttributeError, TypeError) as error:
+      raise ValueError(f"the config.json of {workdir} is not that of a run of this version: {error}") from error
     differing = differences.differences(trained.model.sizes(), self.model.sizes())
     if differing:
       raise ValueError(f"the run in {workdir} trained another model than config.model says: {', '.join(differing)}.")

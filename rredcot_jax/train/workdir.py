@@ -282,6 +282,8 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
   """
   path = pathlib.Path(workdir) / "config.json"
   try:
+    if path.exists() and not path.is_file():
+      raise ValueError("it is no file")
     if path.stat().st_size > _MOST_CONFIG:
       raise ValueError(f"it has {path.stat().st_size} bytes, and at most {_MOST_CONFIG} are read")
     text = path.read_text(encoding="utf-8")
@@ -305,7 +307,8 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
       f"{visible(held.get('version', 'unknown'))}; this is format {FORMAT}, version {version()}), and may mean other "
       "things by the same names. Go on with that version, or choose another --workdir."
     )
-  return held
+  prints = held.get("fingerprints")
+  return held | {"fingerprints": {name: str(x) for name, x in prints.items()} if isinstance(prints, dict) else {}}
 
 
 def _take_over(
