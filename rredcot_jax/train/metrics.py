@@ -157,7 +157,8 @@ def drop_lines_after(path: str | os.PathLike, step: int) -> None:
   if not path.exists():
     return
   kept, damaged = [], 0
-  text = path.read_text(encoding="utf-8", errors="replace")
+  with workdir_lib.writing(path):
+    text = path.read_text(encoding="utf-8", errors="replace")
   lines = text.split("\n")
   for number, line in enumerate(lines, start=1):
     try:
