@@ -174,7 +174,7 @@ def test_what_a_manifest_says_can_be_shown_and_a_pipe_is_not_waited_for(tmp_path
   (tmp_path / manifest.NAME).write_text(json.dumps(held))
   (tmp_path / "a").unlink()
   os.mkfifo(tmp_path / "a")
-  assert manifest.damage(tmp_path) == "a is missing, or no file"
+  assert manifest.damage(tmp_path) == "a is not readable (FileNotFoundError)"
 
 
 def test_a_manifest_leads_nowhere_else(tmp_path):

@@ -591,7 +591,7 @@ def test_a_text_that_is_stored_once_for_many_rows_is_bounded(tmp_path, monkeypat
   rows = [{"problem": f"{i}", "solution": "x" * 10**5, "answer": i} for i in range(30)]
   write_parquet(tmp_path / "math/test.parquet", rows)
   assert (tmp_path / "math/test.parquet").stat().st_size < 10**4
-  with pytest.raises(ValueError, match=r"test\.parquet, row 11: the rows up to here hold more than 1000000 characters"):
+  with pytest.raises(ValueError, match=r"test\.parquet, row 10: the rows up to here hold more than 1000000 characters"):
     datasets.Dataset("math", split="eval", data_dir=tmp_path)
   monkeypatch.setattr(datasets, "_MOST_UNPACKED", 10**7)
   assert datasets.Dataset("math", split="eval", data_dir=tmp_path)[29].answer == "29"

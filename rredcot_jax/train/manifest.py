@@ -60,8 +60,6 @@ def damage(directory: str | os.PathLike, *, part: int = 0, parts: int = 1) -> st
   shown = lambda name: visible(shorten(name, 200))
 
   def compare(name: str) -> str:
-    if not (directory / name).is_file():  # Opening a pipe would never end.
-      return f"{shown(name)} is missing, or no file"
     try:
       size, digest = _entry(directory, name)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
@@ -88,6 +86,8 @@ def sync_directory(directory: str | os.PathLike) -> None:
 def _entry(directory: pathlib.Path, name: str, *, durable: bool = False) -> tuple[int, str]:
   """Size and hash of one file; ValueError if a stamped file is no JSON."""
   path, digest, size = directory / name, hashlib.sha256(), 0
+  if not path.is_file():  # Opening a pipe would never end.
+    raise FileNotFoundError(name)
   with open(path, "rb") as file:
     if durable:
       os.fsync(file.fileno())
