@@ -169,6 +169,8 @@ def test_what_a_manifest_says_can_be_shown_and_a_pipe_is_not_waited_for(tmp_path
   (tmp_path / manifest.NAME).write_text(json.dumps(held | {"files": {"\x1b[2J" + "x" * 999: [1, "x"]}}))
   said = manifest.damage(tmp_path)
   assert said.isprintable() and said.startswith("\\x1b[2Jxx") and len(said) < 400
+  (tmp_path / manifest.NAME).write_text(json.dumps(held | {"files": {}}))
+  assert manifest.damage(tmp_path) == f"{manifest.NAME} names no files"
   (tmp_path / manifest.NAME).write_text("[" * 100_000)
   assert manifest.damage(tmp_path) == f"{manifest.NAME} is not readable (RecursionError)"
   (tmp_path / manifest.NAME).write_text(json.dumps(held))

@@ -48,6 +48,7 @@ def begin(path, *, metrics=(), checkpoints=()):
     ("runs\\first", "has '"),
     ("runs/a\nb", r"has '\\n'"),
     (__file__, "is a file"),
+    (f"{__file__}/run", r"workdir_test\.py is a file, or a link to nothing"),
   ],
 )
 def test_a_path_that_is_no_work_directory_is_refused_before_anything_is_written(tmp_path, monkeypatch, path, message):
@@ -55,6 +56,17 @@ def test_a_path_that_is_no_work_directory_is_refused_before_anything_is_written(
   with pytest.raises(ValueError, match=message):
     claim(path)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_nothing_and_a_name_too_long_are_said(tmp_path):
+  (tmp_path / "loop").symlink_to("loop")
+  (tmp_path / "dangling").symlink_to("nowhere")
+  for name in ("loop", "dangling", "dangling/run"):
+    with pytest.raises(ValueError, match="is a file, or a link to nothing"):
+      claim(tmp_path / name)
+  with pytest.raises(workdir.WriteFailed, match=r"\(File name too long\); .*Choose a shorter path than"):
+    claim(tmp_path / ("x" * 300) / "run")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "loop"]
 
 
 def test_the_directory_above_counts_too_and_home_is_found(tmp_path, monkeypatch):

@@ -54,6 +54,8 @@ def damage(directory: str | os.PathLike, *, part: int = 0, parts: int = 1) -> st
     entries = {str(name): (int(size), str(digest)) for name, (size, digest) in held["files"].items()}
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     return f"{NAME} is not readable ({type(error).__name__})"
+  if not entries:
+    return f"{NAME} names no files"
   if any(pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts for name in entries):
     return f"{NAME} names files outside of its directory"
 

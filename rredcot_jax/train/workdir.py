@@ -73,6 +73,8 @@ def advice(error: OSError, directory: str | os.PathLike) -> str:
   """What to do about an error of the operating system, as the beginning of a sentence."""
   if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
     return f"Make {directory} writable for this user"
+  if error.errno == errno.ENAMETOOLONG:
+    return f"Choose a shorter path than {shorten(directory, 80)}"
   if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
     return f"Make room in {directory} (space, quota, or the limit of ulimit -f)"
   return f"Look after the storage of {directory}"
@@ -269,8 +271,12 @@ def check_path(workdir: str | os.PathLike) -> pathlib.Path:
       f"--workdir={text!r}: the path {str(path)!r} has {' '.join(map(repr, strange))}, which the checkpoint library "
       "reads as a pattern, so that nothing saved there could be read again. Choose a path without them."
     )
-  if path.exists() and not path.is_dir():
-    raise ValueError(f"--workdir={text} is a file, and a run is written to a directory: choose another path.")
+  there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
+  if os.path.lexists(there) and not there.is_dir():
+    raise ValueError(
+      f"--workdir={text}: {there} is a file, or a link to nothing, and a run is written to a directory: choose another "
+      "path."
+    )
   return path
 
 
