@@ -28,6 +28,7 @@ from rredcot_jax.data.encoding import Codec
 from rredcot_jax.model import sampling
 from rredcot_jax.ops import segmentation
 from rredcot_jax.ops.names import check_option
+from rredcot_jax.report import files
 from rredcot_jax.study import estimators, gradients, ground_truth, tables
 from rredcot_jax.study import page as study_page
 from rredcot_jax.train import launch, validation
@@ -284,9 +285,8 @@ def gradient_moments(config, engine, task, key, path: pathlib.Path) -> tables.Mo
   moments = tables.Moments(
     names, np.stack(same_group), np.stack(of_sums), np.asarray(of_all @ of_all.T, np.float64), options.gradient_groups
   )
-  np.savez(
-    path, same_group=moments.same_group, of_sums=moments.of_sums, of_all=moments.of_all, groups=moments.groups
-  )  # fmt: skip
+  with files.replacing(path) as temporary, open(temporary, "wb") as file:  # A killed study leaves no half of it.
+    np.savez(file, same_group=moments.same_group, of_sums=moments.of_sums, of_all=moments.of_all, groups=moments.groups)
   return moments
 
 

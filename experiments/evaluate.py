@@ -17,12 +17,12 @@ Every judged batch is appended to `<output>.traces.jsonl`. The same command cont
 interrupted evaluation and ends with the figures of an uninterrupted one. All randomness
 depends on the seed and on a batch's first trace, with the key of train.py's evaluations.
 So the same samples and rows repeat a run's figures. Another `evaluation.rows` draws other
-traces. The last line is one JSON object.
+traces. One evaluation at a time writes to an output. The last line is one JSON object.
 """
 
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from rredcot_jax.parallel import processes
 from rredcot_jax.report import files, statistics
-from rredcot_jax.train import differences, evaluation, launch, validation
+from rredcot_jax.train import differences, evaluation, launch, metrics, validation
+from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
 
 SAMPLES = flags.DEFINE_integer("samples", 16, "Traces a prompt.", lower_bound=1)
@@ -80,31 +81,28 @@ def run(config: ConfigDict, workdir: pathlib.Path | None, *, samples: int, outpu
     "seed": config.seed,
     "rollout": {"max_prompt_tokens": config.rollout.max_prompt_tokens, **experiment.sampling_options},
   }
-  if processes.is_main():
-    output.parent.mkdir(parents=True, exist_ok=True)
   traces = output.with_name(output.name + ".traces.jsonl")
-  judged = claim_traces(traces, settings)
-  batches = evaluation.judged_batches(
-    params, experiment.model, experiment.held_out, experiment.codec, experiment.rollout_mesh, eval_key,
-    num_prompts=num_prompts, samples=samples, rows=rows, first=len(judged), **settings["rollout"],
-  )  # fmt: skip
-  # All processes hold every judgement; the first one writes them.
-  with (
-    open(traces if processes.is_main() else os.devnull, "a", encoding="utf-8") as file,
-    tqdm(initial=len(judged), total=num_prompts * samples, desc="traces", disable=not processes.is_main()) as progress,
-  ):
-    for batch in batches:
-      file.write("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in batch))
-      file.flush()
-      if processes.is_main():
-        os.fsync(file.fileno())
-      judged += batch
-      progress.update(len(batch))
+  with contextlib.ExitStack() as held:
+    processes.on_main(f"taking {output}", lambda: held.enter_context(workdir_lib.alone(output)))
+    judged = claim_traces(traces, settings)
+    batches = evaluation.judged_batches(
+      params, experiment.model, experiment.held_out, experiment.codec, experiment.rollout_mesh, eval_key,
+      num_prompts=num_prompts, samples=samples, rows=rows, first=len(judged), **settings["rollout"],
+    )  # fmt: skip
+    # All processes hold every judgement; the first one writes them.
+    total = num_prompts * samples
+    with tqdm(initial=len(judged), total=total, desc="traces", disable=not processes.is_main()) as progress:
+      for batch in batches:
+        if processes.is_main():
+          metrics.append_lines(traces, map(dataclasses.asdict, batch))
+        judged += batch
+        progress.update(len(batch))
 
-  # ---- Figures -----------------------------------------------------------------------------
-  figures = summarise(judged, num_prompts, samples)
-  if processes.is_main():
-    files.write_whole(output, json.dumps({"settings": settings, **figures}, indent=1) + "\n")
+    # ---- Figures ---------------------------------------------------------------------------
+    figures = summarise(judged, num_prompts, samples)
+    if processes.is_main():
+      with workdir_lib.writing(output):
+        files.write_whole(output, json.dumps({"settings": settings, **figures}, indent=1) + "\n")
   return figures
 
 
@@ -115,24 +113,35 @@ def claim_traces(path: pathlib.Path, settings: dict[str, Any]) -> list[evaluatio
   that does not exist is begun.
 
   Raises:
-    ValueError: if the file holds an evaluation of other settings, naming what differs.
+    ValueError: if the file holds an evaluation of other settings, naming what differs, or
+      something else, naming the line.
+    WriteFailed: if the file cannot be written.
   """
   header = json.dumps({"settings": settings})
   judged: list[evaluation.Judged] = []
-  text = path.read_text(encoding="utf-8") if path.exists() else ""
+  text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
   lines = text.split("\n")[:-1]  # The text after the last newline was cut off.
   if lines:
-    differing = differences.differences(json.loads(lines[0])["settings"], json.loads(header)["settings"])
+    number = 0
+    try:
+      there = dict(json.loads(lines[0])["settings"])
+      for number in range(1, len(lines)):
+        judged.append(evaluation.Judged(**json.loads(lines[number])))
+    except (ValueError, TypeError, KeyError) as error:
+      raise ValueError(
+        f"{path}, line {number + 1}: this is no line of an evaluation. Remove the file, or choose another --output."
+      ) from error
+    differing = differences.differences(there, json.loads(header)["settings"])
     if differing:
       raise ValueError(f"{path} holds another evaluation: {', '.join(differing)}. Choose another --output.")
-    judged = [evaluation.Judged(**json.loads(line)) for line in lines[1:]]
     if len(judged) < settings["num_prompts"] * settings["samples"]:
       judged = judged[: len(judged) // settings["rows"] * settings["rows"]]
   kept = [header, *lines[1 : 1 + len(judged)]]
   # No process writes before all have read.
   processes.barrier("read the traces")
   if processes.is_main():
-    files.write_whole(path, "".join(line + "\n" for line in kept))
+    with workdir_lib.writing(path):
+      files.write_whole(path, "".join(line + "\n" for line in kept))
   return judged
 
 

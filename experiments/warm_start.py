@@ -7,15 +7,17 @@ The corpus is the text of the task's teacher, or the reference solutions of a ta
 a teacher. An output named `*.safetensors` is one file in our format, written once, at the
 end. Any other output is a directory in Hugging Face's format. A start from a checkpoint
 saves its progress in `<output>.checkpoints`, so that the same command continues after an
-interruption. A start at random begins anew. The last line is one JSON object with the
-sampled accuracy on held-out prompts. If it started from a checkpoint, the object also has
-that checkpoint's accuracy.
+interruption. One run at a time holds that directory, and another configuration or other
+contents are refused there. A start at random begins anew. The last line is one JSON object
+with the sampled accuracy on held-out prompts. If it started from a checkpoint, the object
+also has that checkpoint's accuracy.
 """
 
 import functools
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +27,8 @@ from tqdm import tqdm
 from rredcot_jax.data import batching
 from rredcot_jax.model import export
 from rredcot_jax.parallel import sharding
-from rredcot_jax.train import checkpoint, evaluation, initial, launch, train_step
+from rredcot_jax.train import checkpoint, evaluation, initial, launch, preflight, train_step
+from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
 
 OUTPUT = flags.DEFINE_string("output", None, "The safetensors file or directory to write.")
@@ -39,9 +42,36 @@ def main(_) -> None:
   if output.exists() and figures_path.exists():
     print(figures_path.read_text(encoding="utf-8"))
     return
-  start, rollout = config.warm_start, config.rollout
   experiment = Experiment(config)
+  try:
+    progress_path = workdir_lib.check_path(output.with_name(output.name + ".checkpoints"))
+    fingerprints = experiment.fingerprints(["train"], start=config.warm_start.initial_params)
+    claim = workdir_lib.claim(progress_path, config, launch.command(), fingerprints=fingerprints)
+  except ValueError as error:
+    raise ValueError(str(error).replace("--workdir", "--output")) from error
+  with claim:
+    figures = warm_start(experiment, output, progress_path / "checkpoints", claim)
+  if output.suffix != ".safetensors":
+    figures_path.write_text(json.dumps(figures), encoding="utf-8")
+  shutil.rmtree(progress_path)
+  print(json.dumps(figures))
+
+
+def warm_start(
+  experiment: Experiment, output: pathlib.Path, checkpoints: pathlib.Path, claim: workdir_lib.Claim
+) -> dict[str, Any]:
+  """Trains, writes the parameters to `output`, and returns the figures that are printed.
+
+  Args:
+    experiment: of the configuration.
+    output: see the module's docstring.
+    checkpoints: the directory of the progress.
+    claim: of the directory that holds it; it is checked before each save.
+  """
+  config = experiment.config
+  start, rollout = config.warm_start, config.rollout
   task, codec, model, mesh = experiment.train_task, experiment.codec, experiment.model, experiment.mesh
+  preflight.check_references(task, codec)
 
   # ---- State -------------------------------------------------------------------------------
   optimizer = train_step.make_optimizer(
@@ -51,7 +81,7 @@ def main(_) -> None:
   params = experiment.start_params(jax.random.key(config.seed), start.initial_params)
   state = jax.jit(lambda p: train_step.init_state(p, optimizer))(params)
   update = jax.jit(functools.partial(train_step.supervised_update, config=model, optimizer=optimizer), donate_argnums=0)
-  saver = checkpoint.Checkpointer(output.with_name(output.name + ".checkpoints"))
+  saver = checkpoint.Checkpointer(checkpoints, fingerprints=claim.fingerprints)
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
   def accuracy(params) -> dict[str, float]:
@@ -79,6 +109,7 @@ def main(_) -> None:
     )  # fmt: skip
     state, metrics = update(state, sharding.put_batch(mesh, batch))
     if start.initial_params and (step + 1) % _CHECKPOINT_EVERY == 0:
+      claim.check()
       saver.save(step + 1, state, before)
     if start.initial_params or step % 50 == 0:
       progress.set_postfix(loss=f"{float(metrics['loss']):.3f}")
@@ -91,10 +122,7 @@ def main(_) -> None:
   figures = {"output": str(output), **accuracy(state.params)}
   figures |= {f"before/{name}": value for name, value in before.items()}
   saver.close()
-  if output.suffix != ".safetensors":
-    figures_path.write_text(json.dumps(figures), encoding="utf-8")
-  shutil.rmtree(output.with_name(output.name + ".checkpoints"))
-  print(json.dumps(figures))
+  return figures
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pathlib
 import random
 import re
@@ -159,6 +160,23 @@ def test_damage_is_shared_out_among_processes(tmp_path):
   found = [manifest.damage(tmp_path, part=part, parts=3) for part in range(3)]
   assert found == ["", "", "c holds other bytes than were written"]
   assert manifest.damage(tmp_path) == found[2]
+
+
+def test_what_a_manifest_says_can_be_shown_and_a_pipe_is_not_waited_for(tmp_path):
+  (tmp_path / "a").write_text("a")
+  manifest.write(tmp_path)
+  held = json.loads((tmp_path / manifest.NAME).read_text())
+  (tmp_path / manifest.NAME).write_text(json.dumps(held | {"files": {"\x1b[2J" + "x" * 999: [1, "x"]}}))
+  said = manifest.damage(tmp_path)
+  assert said.isprintable() and said.startswith("\\x1b[2Jxx") and len(said) < 400
+  (tmp_path / manifest.NAME).write_text(json.dumps(held | {"files": {}}))
+  assert manifest.damage(tmp_path) == f"{manifest.NAME} names no files"
+  (tmp_path / manifest.NAME).write_text("[" * 100_000)
+  assert manifest.damage(tmp_path) == f"{manifest.NAME} is not readable (RecursionError)"
+  (tmp_path / manifest.NAME).write_text(json.dumps(held))
+  (tmp_path / "a").unlink()
+  os.mkfifo(tmp_path / "a")
+  assert manifest.damage(tmp_path) == "a is not readable (FileNotFoundError)"
 
 
 def test_a_manifest_leads_nowhere_else(tmp_path):

@@ -261,6 +261,7 @@ WRONG_ROWS = {
   "nothing after the mark": ("gsm8k", {"question": "q", "answer": "a\n#### "}, ["no answer", "#### <answer>"]),
   "mark before the last line": ("gsm8k", {"question": "q", "answer": "#### 4\na"}, ["no answer", "#### <answer>"]),
   "no answer": ("aime", {"problem": "p", "key": 1}, ["'answer' or 'Answer'", "its fields are problem, key"]),
+  "hostile fields": ("aime", {"\x1b[2J" + "x" * 9999: "p"}, ["its fields are \\x1b[2Jxx", "more characters"]),
   "null answer": ("aime", {"problem": "p", "answer": None}, ["no answer", "'answer' or 'Answer'"]),
   "answer not a number": ("aime", {"problem": "p", "answer": float("nan")}, ["'answer' is nan"]),
   "answer of truth": ("aime", {"problem": "p", "answer": True}, ["'answer'", "no text: True"]),
@@ -556,6 +557,18 @@ def write_shards(directory, names):
     (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], r"lacks 1 of its 3 shards: -00001-of-00003"),
     (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"], r"several numberings: -of-00001 and -of-00002"),
     (["train-00000-of-00001.jsonl", "train-1.jsonl"], r"several numberings: -of-00001 and another numbering"),
+    (
+      ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "train-0-of-2.jsonl"],
+      r"has more than once 1 of its 2 shards: -00000-of-00002",
+    ),
+    (["train-00000-of-00001-1a2b.jsonl", "train-00000-of-00001-3c4d.jsonl"], r"has more than once 1 of its 1 shards"),
+    (["train-00000-of-00002-1a2b.jsonl"], r"lacks 1 of its 2 shards: -00001-of-00002"),
+    (["train-00000-of-00001.jsonl", "train-00001-of-00001.jsonl"], r"beyond the last of 1 of its 1 shards: -00001"),
+    (["train-00000-of-00000.jsonl"], r"beyond the last of 1 of its 0 shards"),
+    (["train-00000-of-999999999999.jsonl"], r"beyond the last of 1 of its 999999999999 shards"),
+    (["train-1.jsonl", "train-3.jsonl"], r"lacks 1 of its 3 shards: -00002"),
+    (["train-0.jsonl", "train-2.jsonl"], r"lacks 1 of its 3 shards: -00001"),
+    (["train-0.jsonl", "train-00.jsonl"], r"has more than once 1 of its 1 shards"),
   ],
 )
 def test_shards_that_are_no_whole_split_are_refused_by_name(tmp_path, names, message):
@@ -564,10 +577,34 @@ def test_shards_that_are_no_whole_split_are_refused_by_name(tmp_path, names, mes
     datasets.source_files(tmp_path, "gsm8k", "train")
 
 
+def test_names_of_files_can_be_shown(tmp_path):
+  (tmp_path / "math").mkdir()
+  for name in ("train-0\x1b[2J.jsonl", "x\x1b[2J", "y" * 200, "z" * 200, "w" * 200):
+    (tmp_path / "math" / name).write_text("{}")
+  with pytest.raises(FileNotFoundError, match=r"which holds .*\\x1b\[2J") as caught:
+    datasets.source_files(tmp_path, "math", "train")
+  assert str(caught.value).isprintable() and len(str(caught.value)) < 1_000
+
+
+def test_a_text_that_is_stored_once_for_many_rows_is_bounded(tmp_path, monkeypatch):
+  monkeypatch.setattr(datasets, "_MOST_UNPACKED", 10**6)
+  rows = [{"problem": f"{i}", "solution": "x" * 10**5, "answer": i} for i in range(30)]
+  write_parquet(tmp_path / "math/test.parquet", rows)
+  assert (tmp_path / "math/test.parquet").stat().st_size < 10**4
+  with pytest.raises(ValueError, match=r"test\.parquet, row 10: the rows up to here hold more than 1000000 characters"):
+    datasets.Dataset("math", split="eval", data_dir=tmp_path)
+  monkeypatch.setattr(datasets, "_MOST_UNPACKED", 10**7)
+  assert datasets.Dataset("math", split="eval", data_dir=tmp_path)[29].answer == "29"
+
+
 def test_all_shards_come_in_order(tmp_path):
-  names = [f"train-{i:05d}-of-00003.jsonl" for i in (2, 0, 1)]
-  write_shards(tmp_path, names)
-  assert [path.name for path in datasets.source_files(tmp_path, "gsm8k", "train")] == sorted(names)
+  for split, form, numbers in (
+    ("train", "-{:05d}-of-00012", range(12)), ("test", "-{}-of-12", range(12)), ("a", "-{}", range(1, 12)),
+    ("b", "-{}-of-2-1a", range(2)), ("c", "-{}", (2024, 2026)),
+  ):  # fmt: skip
+    names = [f"{split}{form.format(i)}.jsonl" for i in numbers]
+    write_shards(tmp_path, reversed(names))
+    assert [path.name for path in datasets.source_files(tmp_path, "gsm8k", split)] == names
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):

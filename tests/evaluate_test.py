@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_config
+from helpers import full_disk
 
 from rredcot_jax.data import verifiers
 from rredcot_jax.model import sampling
@@ -256,7 +258,56 @@ def test_a_newer_checkpoint_is_another_evaluation(tmp_path):
     evaluate.claim_traces(tmp_path / "traces", settings | {"step": 40})
 
 
+def test_two_evaluations_do_not_write_to_one_output(whole, tmp_path):
+  output = tmp_path / whole[1].name
+  code = "import sys; from rredcot_jax.train import workdir\nwith workdir.alone(sys.argv[1]): print(); input()"
+  other = subprocess.Popen([sys.executable, "-c", code, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  try:
+    assert other.stdout.readline() == b"\n"
+    with pytest.raises(ValueError, match=r"whole\.json is being written by another process: .* another --output"):
+      evaluate.run(tiny(), None, samples=SAMPLES, output=output)
+    assert not output.exists() and not traces_of(output).exists()
+  finally:
+    other.kill()
+    other.communicate()
+  traces_of(output).write_bytes(traces_of(whole[1]).read_bytes())
+  assert evaluate.run(tiny(), None, samples=SAMPLES, output=output) == whole[0]
+
+
+@pytest.mark.parametrize("line", [0, 1, 5])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"settings": 5}', "{", "\udc80"])
+def test_a_file_that_is_no_evaluation_is_named_and_left_alone(whole, tmp_path, line, text):
+  output = tmp_path / whole[1].name
+  lines = traces_of(whole[1]).read_text().splitlines()
+  lines[line] = text
+  written = ("\n".join(lines) + "\n").encode(errors="surrogateescape")
+  traces_of(output).write_bytes(written)
+  with pytest.raises(ValueError, match=rf"traces\.jsonl, line {line + 1}: this is no line of an evaluation"):
+    evaluate.run(tiny(), None, samples=SAMPLES, output=output)
+  assert traces_of(output).read_bytes() == written
+
+
+def test_a_full_disk_is_named_and_the_evaluation_goes_on_with_room(whole, tmp_path):
+  figures, finished = whole
+  output, size = tmp_path / finished.name, traces_of(finished).stat().st_size
+  with full_disk(size - 100), pytest.raises(workdir_lib.WriteFailed, match=r"traces\.jsonl could not be .*Make room"):
+    evaluate.run(tiny(), None, samples=SAMPLES, output=output)
+  assert traces_of(output).read_bytes() == b"".join(traces_of(finished).read_bytes().splitlines(True)[:17])
+  with full_disk(100), pytest.raises(workdir_lib.WriteFailed, match="could not be written"):
+    evaluate.run(tiny(), None, samples=SAMPLES, output=output)
+  assert evaluate.run(tiny(), None, samples=SAMPLES, output=output) == figures
+  assert traces_of(output).read_bytes() == traces_of(finished).read_bytes()
+
+
 # ---- Refusals and the command line -------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["", "gs://bucket/results.json"])
+def test_an_output_that_is_no_file_is_refused_before_anything_is_sampled(tmp_path, monkeypatch, place):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="must be a file on a disk, and is a directory or a URL"):
+    evaluate.run(tiny(), None, samples=1, output=pathlib.Path(place or tmp_path))
+  assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_evaluated_is_said(tmp_path):

@@ -1,5 +1,7 @@
 """A configuration as objects: each option reaches what reads it; what does not belong together is refused."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -219,6 +221,41 @@ def test_a_run_of_another_model_is_named_size_by_size(tmp_path):
   with pytest.raises(ValueError, match="no work directory of experiments/train"):
     small().restore_params(tmp_path / "nowhere")
   assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_that_was_trained_with_another_tokenizer_or_end_is_said(tmp_path, monkeypatch):
+  experiment = small()
+  prints, warned = experiment.fingerprints(), []
+  monkeypatch.setattr("rredcot_jax.train.experiment.logging.warning", lambda text, *args: warned.append(text % args))
+  for changes in ({}, {"code": "1"}, {"ends": "1"}, {"tokenizer": "1", "ends": "1"}):
+    directory = tmp_path / "-".join(["run", *changes])
+    workdir_lib.claim(directory, experiment.config, "test", fingerprints=prints | changes).close()
+    with pytest.raises(ValueError, match="holds no checkpoint yet"):
+      experiment.restore_params(directory)
+  assert len(warned) == 2 and "run-ends was trained: ends. Its ids may mean other tokens here" in warned[0]
+  assert "run-tokenizer-ends was trained: tokenizer and ends." in warned[1]
+
+
+@pytest.mark.parametrize("change", [{"rollout": None}, {"rollout": {}}, {"loss": 5}, {"seed": "x"}, {"model": []}])
+def test_a_run_whose_configuration_is_another_programs_is_named(tmp_path, change):
+  workdir_lib.claim(tmp_path / "run", small().config, "test").close()
+  path = tmp_path / "run" / "config.json"
+  held = json.loads(path.read_text())
+  path.write_text(json.dumps(held | {"config": held["config"] | change}))
+  with pytest.raises(ValueError):
+    small().restore_params(tmp_path / "run")
+
+
+def test_another_end_is_another_content(tmp_path):
+  experiment, prints = small(), []
+  for ends in ([1], [1, 4]):
+    beside = tmp_path / str(len(ends))
+    export.save(
+      experiment.model, decoder.init(experiment.model, jax.random.key(0)), beside, tokenizer=experiment.codec.tokenizer
+    )
+    (beside / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    prints.append(small(**{"tokenizer.path": str(beside)}).fingerprints())
+  assert [name for name in prints[0] if prints[0][name] != prints[1][name]] == ["ends"]
 
 
 # ---- Credit ------------------------------------------------------------------------------

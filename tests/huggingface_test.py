@@ -318,7 +318,8 @@ def test_a_tensor_that_is_not_where_the_index_says_is_named(sharded):
     huggingface.load(sharded)
 
 
-@pytest.mark.parametrize("placed", [{}, [], None, {"a": 1}, {"a": ""}, {"a": ".."}, {"a": "../x"}, {"a": "/etc/x"}])
+@pytest.mark.parametrize("placed", [{}, [], None, {"a": 1}, {"a": ""}, {"a": ".."}, {"a": "../x"}, {"a": "/etc/x"},
+                                    {"a": "\x1b[2J.safetensors"}])  # fmt: skip
 def test_an_index_names_files_beside_it(placed, sharded):
   (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
   with pytest.raises(ValueError, match=r"index\.json: 'weight_map'"):

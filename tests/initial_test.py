@@ -1,7 +1,9 @@
 """The parameters that a run starts from: every door, and what does not fit."""
 
 import dataclasses
+import json
 import pathlib
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +57,28 @@ def test_half_written_parameters_are_named(tmp_path):
   with pytest.raises(ValueError, match="no tensor 'b'"):
     initial.load_params(path, {"b": wrong["a"]})
   path.write_bytes(path.read_bytes()[:-8])
-  with pytest.raises(ValueError, match=r"half\.safetensors is not a readable"):
+  with pytest.raises(ValueError, match=r"half\.safetensors is not a whole safetensors file"):
     initial.load_params(path, wrong)
   with pytest.raises(FileNotFoundError, match="nowhere"):
     initial.load_params("nowhere.safetensors", wrong)
+
+
+def tensors_file(names, pad=0):
+  """A safetensors file of empty tensors; `pad` spaces follow its header."""
+  tensor = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+  header = json.dumps(dict.fromkeys(names, tensor)) + " " * pad
+  return struct.pack("<Q", len(header)) + header.encode()
+
+
+def test_a_file_of_unbounded_cost_is_refused_before_it_is_read(tmp_path):
+  path, wanted = tmp_path / "large.safetensors", {"a": jax.ShapeDtypeStruct((4, 5), np.float32)}
+  path.write_bytes(tensors_file(["a"], pad=2**24))
+  with pytest.raises(ValueError, match=r"large\.safetensors: its header has \d+ bytes; at most 16777216"):
+    initial.load_params(path, wanted)
+  path.write_bytes(tensors_file([f"\x1b[31m{i}" for i in range(10_000)]))
+  with pytest.raises(ValueError, match=r"no tensor 'a'; it holds \\x1b\[31m0, .* more characters") as caught:
+    initial.load_params(path, wanted)
+  assert str(caught.value).isprintable() and len(str(caught.value)) < 1_000
 
 
 def test_a_name_is_a_path_first_and_what_the_package_ships_else(tmp_path, monkeypatch):

@@ -235,6 +235,29 @@ def test_rounding_to_significant_digits(value, decimal, digits, expected):
   assert values.rounds_to(value, Fraction(decimal), digits) == expected
 
 
+@pytest.mark.parametrize(
+  "fraction, digits, expected",
+  [
+    ("1/3", 6, True),
+    ("-1/6", 6, True),
+    ("7/3", 7, True),
+    ("500000/3", 6, True),
+    ("1/3000000", 6, True),
+    ("5/37", 6, True),  # 0.135135
+    ("5/37", 5, False),
+    ("22/7", 7, False),
+    ("22/7", 12, True),
+    ("355/113", 50, False),
+    ("1234567/10000000", 6, False),
+    ("1/2", 6, True),
+    ("0", 6, False),
+    (f"1/{10**4000 + 3}", 50, False),
+  ],
+)
+def test_digits_that_show_a_fractions_period_twice(fraction, digits, expected):
+  assert values.shows_period(Fraction(fraction), digits) == expected
+
+
 @given(st.fractions(min_value=-1000, max_value=1000).filter(bool), st.integers(6, 12))
 def test_every_rounding_of_a_number_answers_it_and_the_next_does_not(value, digits):
   rounded = Fraction(f"{float(value):.{digits - 1}e}")
@@ -377,8 +400,19 @@ def test_why_an_answer_is_not_as_simple(answer, gold, why):
     ("60 mph", r"60\text{ miles per hour}"),
     (r"4\text{ m}^2", "4 square meters"),
     ("0.333333", r"\frac13"),
+    (r"\frac13", "0.333333"),
+    ("166.666667", r"\frac{500}{3}"),
+    ("0.135135", r"\frac{5}{37}"),
+    ("1.414214", r"\sqrt{2}"),
+    (r"\frac{22}{7}", "3.142857"),
     ("even", "EVEN"),
     (r"\text{(A)}", "A"),
+    (r"\frac34", r"{3 \over 4}"),
+    ("391", r"\color{red}{391}"),
+    ("391", r"\boldsymbol{391}"),
+    (r"\{1,2\}", r"\lbrace 2,1\rbrace"),
+    ("x<1 or x>2", "x<1, x>2"),
+    ("x=1 or x=2", "x=1 and x=2"),
   ],
 )
 def test_equal_answers(gold, answer):
@@ -411,7 +445,15 @@ def test_equal_answers(gold, answer):
     ("1.6e-19", "0"),
     ("0", "1e-300"),
     (r"\pi", r"\frac{355}{113}"),
+    ("3.142857", r"\frac{22}{7}"),
+    ("3.141593", r"\frac{355}{113}"),
+    ("0.142857", r"\frac17"),
+    ("0.123457", r"\frac{1234567}{10000000}"),
     ("AB", "ab"),
+    ("391", "39 1"),
+    ("391", r"39\;1"),
+    ("x<1 or x>2", "x<1 and x>2"),
+    ("x>1 and x<2", "x>1 or x<2"),
     ("north", "thorn"),
     ("5", "x"),
     (r"\infty", r"-\infty"),

@@ -129,6 +129,12 @@ def test_metrics_that_cannot_be_written_stop_the_run_and_leave_whole_lines(tmp_p
   assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [8, 9]
 
 
+def test_a_directory_in_the_place_of_the_file_is_named(tmp_path):
+  (tmp_path / "metrics.jsonl").mkdir()
+  with pytest.raises(WriteFailed, match=r"metrics\.jsonl could not be written \(Is a directory\)"):
+    metrics.MetricsWriter(tmp_path, resume_step=-1)
+
+
 @pytest.mark.parametrize("full_from_the_start", [True, False])
 def test_tensorboard_that_cannot_be_written_is_given_up_and_counted(tmp_path, caplog, monkeypatch, full_from_the_start):
   monkeypatch.setattr(metrics, "append_lines", lambda path, lines: written.extend(lines))

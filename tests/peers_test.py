@@ -132,7 +132,8 @@ def test_another_program_at_the_address_is_told_apart_from_nobody(port):
 def test_strangers_and_one_that_comes_again_do_no_harm(port):
   def disturb():
     silent = [connect(port), connect(port)]
-    for line in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"process": "x"}\n', b"\0" * 100_000):
+    for line in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"process": "x"}\n', b"\0" * 100_000, b"[" * 60_000 + b"\n",
+                 b'{"process": Infinity, "count": 3, "refusal": "", "where": ""}\n'):  # fmt: skip
       with connect(port) as stranger, contextlib.suppress(OSError):
         stranger.sendall(line)
     # Process 1 comes and dies before all are there.
@@ -256,7 +257,8 @@ def test_a_message_that_cannot_be_printed_keeps_nobody_from_ending(monkeypatch):
       full.close()
 
 
-def test_what_nobody_can_read_is_a_loss(port):
+@pytest.mark.parametrize("line", [b"\xff\n", b"[" * 60_000 + b"\n", b"5\n", b'{"say": []}\n'])
+def test_what_nobody_can_read_is_a_loss(port, line):
   with met(port, 2) as (hub, other):
-    other._links[0].socket.sendall(b"\xff\n")
+    other._links[0].socket.sendall(line)
     assert "process 1 of 2 is lost (it sent a message that cannot be read)" in hub.wait_for_loss(SECONDS)

@@ -46,6 +46,15 @@ def test_a_reference_that_its_own_verifier_refuses_is_named(codec):
     preflight.check_references(Sums(3, answer="7"), codec)
 
 
+def test_a_reference_that_no_policy_could_write_is_named(codec):
+  newline = codec.tokenizer.encode("\n", add_special_tokens=False)[0]
+  early = dataclasses.replace(codec, end_ids=(codec.eos_id, newline))
+  with pytest.raises(
+    ValueError, match=rf"example 0 of task 'chain': its reference holds the token '\\n', id {newline}, "
+  ):
+    preflight.check_references(Chain(split="train"), early)
+
+
 def test_a_layout_that_the_verifier_does_not_read_is_named(codec):
   wrong = dataclasses.replace(codec, layout=Layout(answer="=%s"))
   with pytest.raises(ValueError, match=r"'</think>=0'"):
@@ -73,6 +82,13 @@ def test_a_prompt_that_does_not_fit_is_named_or_left_out(codec):
 def test_no_prompt_that_fits_is_refused(codec):
   with pytest.raises(ValueError, match="none is left"):
     preflight.usable_prompts(Sums(4), codec, 3, "skip")
+
+
+def test_a_held_out_prompt_that_does_not_fit_is_named_if_it_is_evaluated(codec):
+  preflight.check_held_out(Sums(4), codec, 8, 3)
+  preflight.check_held_out(Sums(3), codec, 8, 9)
+  with pytest.raises(ValueError, match=r"1 of 4 prompts.*longest has 10, example 3.*Held-out prompts are not left out"):
+    preflight.check_held_out(Sums(4), codec, 8, 4)
 
 
 def test_a_long_task_is_sampled_to_its_ends_unless_prompts_are_skipped(codec, monkeypatch):

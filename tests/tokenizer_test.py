@@ -13,6 +13,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from rredcot_jax.data import tasks
+from rredcot_jax.data.encoding import Codec
 from rredcot_jax.model import chat_template, tokenizer
 
 CHAIN = pathlib.Path(tasks.__file__).parent.parent / "assets" / "chain"
@@ -288,6 +289,19 @@ def test_a_whole_text_still_begins_as_the_tokenizer_wants(name):
   ours = wrapped(name)
   alone, piece = ours.encode("ab", add_special_tokens=False), tokenizer.encode_piece(ours, "ab")
   assert alone != piece and alone == tokenizer.encode_piece(ours, " ab") == ours.encode("ab", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("template", [None, "{{ eos_token }}{{ messages[0].content }}", "{{ messages[0].content }}",
+                                      "b\n{{ messages[0].content }}"])  # fmt: skip
+@pytest.mark.parametrize("name", [name for name in ALL if name != "words"])
+def test_a_question_is_written_as_the_tokenizer_writes_the_whole_prompt(name, template):
+  ours = wrapped(name)
+  ours.chat_template = template
+  marker = tokenizer.encode_piece(ours, "<think>")
+  for question in ("ab cd", " ab", "e\nab", "<think>ab"):
+    text = question if template is None else tokenizer.render_chat(ours, [{"role": "user", "content": question}])
+    ids = Codec(ours).prompt_ids(tasks.Example(question, (), "1"))
+    assert ids == [*ours.encode(text, add_special_tokens=False), *marker], (question, ours.convert_ids_to_tokens(ids))
 
 
 @pytest.mark.parametrize("name", ALL)

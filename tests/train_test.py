@@ -104,8 +104,7 @@ def test_fsdp_and_tensor_mesh_equals_data_alone(uninterrupted):
 
 def test_compiled_steps_are_given_what_is_on_the_devices_already(tmp_path, monkeypatch):
   """No array is moved or laid out anew behind a step's back."""
-  # Left out: the key goes to all devices, and the vocabulary's tables come from the host.
-  allowed = {"sample": ["host_to_device"], "segment": ["device_to_device"]}
+  allowed = {"sample": ["host_to_device"]}  # The key goes to all devices.
   calls = collections.Counter()
 
   def guarded(name, function):

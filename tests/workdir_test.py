@@ -24,7 +24,7 @@ def claim(path, **options):
 
 
 def begin(path, *, metrics=(), checkpoints=()):
-  """A work directory that a run has left."""
+  """A work directory that a run has left; without metrics and checkpoints, one that was refused at its start."""
   claim(path).close()
   (path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "x": 1.0}) + "\n" for step in metrics))
   for step in checkpoints:
@@ -48,6 +48,7 @@ def begin(path, *, metrics=(), checkpoints=()):
     ("runs\\first", "has '"),
     ("runs/a\nb", r"has '\\n'"),
     (__file__, "is a file"),
+    (f"{__file__}/run", r"workdir_test\.py is a file, or a link to nothing"),
   ],
 )
 def test_a_path_that_is_no_work_directory_is_refused_before_anything_is_written(tmp_path, monkeypatch, path, message):
@@ -55,6 +56,17 @@ def test_a_path_that_is_no_work_directory_is_refused_before_anything_is_written(
   with pytest.raises(ValueError, match=message):
     claim(path)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_nothing_and_a_name_too_long_are_said(tmp_path):
+  (tmp_path / "loop").symlink_to("loop")
+  (tmp_path / "dangling").symlink_to("nowhere")
+  for name in ("loop", "dangling", "dangling/run"):
+    with pytest.raises(ValueError, match="is a file, or a link to nothing"):
+      claim(tmp_path / name)
+  with pytest.raises(workdir.WriteFailed, match=r"\(File name too long\); .*Choose a shorter path than"):
+    claim(tmp_path / ("x" * 300) / "run")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "loop"]
 
 
 def test_the_directory_above_counts_too_and_home_is_found(tmp_path, monkeypatch):
@@ -89,6 +101,7 @@ def test_a_new_directory_says_whose_it_is_and_is_taken_up_again(tmp_path):
     ("", "config.json is empty, and no checkpoint is there: remove the directory and start again"),
     ('{"format": 1, "config": {"a', "config.json is cut off or damaged .* and no checkpoint is there"),
     ('["config"]', "config.json is another program's"),
+    ("[" * 100_000, "config.json is cut off or damaged"),
     ('{"name": "their-package", "config": "x"}', "config.json is another program's"),
     ('{"command": "", "config": {}}', "another version of this program .format None, version unknown; this is format"),
     ('{"command": "", "config": {}, "format": 2, "version": "9"}', "format 2, version 9; this is format 1"),
@@ -116,12 +129,37 @@ def test_what_lacks_its_config_is_refused(tmp_path):
 
 
 def test_another_configuration_or_noresume_is_refused(tmp_path):
-  begin(tmp_path)
+  begin(tmp_path, metrics=[0], checkpoints=[2])
   with pytest.raises(ValueError, match=r"another configuration: num_steps \(6 there, 7 here\)"):
     claim(tmp_path, num_steps=7)
   with pytest.raises(ValueError, match="noresume"):
     claim(tmp_path, resume=False)
   claim(tmp_path).close()
+
+
+def test_a_start_that_was_refused_does_not_keep_the_corrected_command_out(tmp_path):
+  begin(tmp_path)
+  (tmp_path / "checkpoints").mkdir()
+  (tmp_path / "tensorboard").mkdir()
+  for name in ("metrics.jsonl", "tensorboard/events"):
+    (tmp_path / name).touch()
+  claim(tmp_path, num_steps=7, fingerprints={"train": "1"}).close()
+  assert workdir.read(tmp_path)["config"]["num_steps"] == 7
+  claim(tmp_path, num_steps=7, resume=False, fingerprints={"train": "2"}).close()
+  assert workdir.read(tmp_path)["fingerprints"] == {"train": "2"}
+
+
+@pytest.mark.parametrize(
+  "left", ["metrics.jsonl", "traces.jsonl", "checkpoints/2/x", "checkpoints/damaged-2/x", "truth/a"]
+)
+def test_what_a_run_has_made_keeps_another_configuration_out(tmp_path, left):
+  begin(tmp_path)
+  (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+  (tmp_path / left).write_text("{")
+  before = (tmp_path / "config.json").read_bytes()
+  with pytest.raises(ValueError, match=r"another configuration: num_steps \(6 there, 7 here\)"):
+    claim(tmp_path, num_steps=7)
+  assert (tmp_path / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -153,6 +191,8 @@ def test_checkpoints_that_are_gone_do_not_begin_the_run_again(tmp_path, metrics,
 
 def test_other_contents_under_the_same_names_are_refused(tmp_path, caplog):
   claim(tmp_path, fingerprints={"corpus": "1", "start": "2", "code": "3"}).close()
+  (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+  (tmp_path / "checkpoints").mkdir()
   with pytest.raises(ValueError, match=r"made from other contents: corpus, start\. The names in the configuration"):
     claim(tmp_path, fingerprints={"corpus": "x", "start": "y", "code": "3"})
   claim(tmp_path, fingerprints={"corpus": "1", "template": "new"}).close()
@@ -180,6 +220,34 @@ def test_hashes_are_of_contents_and_not_of_places(tmp_path):
   assert workdir.hash_of_files([one]) != same
   with pytest.raises(FileNotFoundError, match="nowhere"):
     workdir.hash_of_files([tmp_path / "nowhere"])
+
+
+def test_packages_that_a_configuration_names_are_code_too(tmp_path, monkeypatch, caplog):
+  (tmp_path / "my_package").mkdir()
+  for name in ("my_package/verifiers.py", "my_package/other.py", "my_module.py"):
+    (tmp_path / name).write_text("1\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  config = tiny_config.get_config()
+  assert workdir.hash_of_own_code(config) == ""
+  config.credit.form = "rredcot_jax.ops.values:plain"  # Which "code" has.
+  config.task.options.matcher = "no_such_package.verifiers:last_word"
+  assert workdir.hash_of_own_code(config) == ""
+  hashes = []
+  for name in ("my_package.verifiers:last_word", "my_module:last_word"):
+    config.task.options.matcher = name
+    hashes.append(workdir.hash_of_own_code(config))
+  for changed, same in (("my_package/other.py", False), ("my_package/notes.txt", True), ("my_module.py", True)):
+    (tmp_path / changed).write_text("2\n")
+    config.task.options.matcher = "my_package.verifiers:last_word"
+    now = workdir.hash_of_own_code(config)
+    assert (now == hashes[0]) == same
+    hashes[0] = now
+  config.task.options.matcher = "my_module:last_word"
+  assert workdir.hash_of_own_code(config) not in ("", hashes[1])
+  begin(tmp_path / "run", metrics=[0])
+  with caplog.at_level(logging.WARNING):
+    workdir.check_fingerprints({"own code": "1" * 32}, {"own code": "2" * 32}, where="it")
+  assert "the own code has changed since it was written (11111111 then, 22222222 now)" in caplog.text
 
 
 def test_hashes_of_values_know_order_and_borders():
@@ -251,6 +319,53 @@ def test_a_second_run_is_refused_while_the_first_lives_and_not_after_a_kill(held
   claim(path).close()
   assert time.monotonic() - began < 5  # It is known at once that a process of this machine is dead.
   assert not (path / "run.lease").exists()
+
+
+HOSTILE = "\x1b[2J\u202e" + "x" * 10_000
+
+
+def test_what_a_directory_says_can_be_shown(tmp_path):
+  begin(tmp_path, metrics=[0], checkpoints=[2])
+  held = json.loads((tmp_path / "config.json").read_text())
+  for changes in ({"version": HOSTILE, "format": 2}, {"config": held["config"] | {HOSTILE: HOSTILE}}):
+    (tmp_path / "config.json").write_text(json.dumps(held | changes))
+    with pytest.raises(ValueError, match=r"\\x1b\[2J\\u202ex") as caught:
+      claim(tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 12_000
+  me = workdir._me()
+  (tmp_path / "run.lease").write_text(json.dumps(me | {"host": HOSTILE, "command": HOSTILE}))
+  with pytest.raises(ValueError, match=r"in use by a run on \\x1b\[2J\\u202ex") as caught:
+    claim(tmp_path)
+  assert str(caught.value).isprintable() and len(str(caught.value)) < 1_000
+
+
+@pytest.mark.parametrize(
+  "lease", ["", "[]", "null", "{", "\0" * 8192, '{"pid": "x"}', "[" * 60_000, "9" * 60_000, HOSTILE]
+)
+def test_a_lease_that_is_none_keeps_nobody_out(tmp_path, monkeypatch, lease):
+  monkeypatch.setattr(workdir, "_LEASE_SECONDS", 0.2)
+  begin(tmp_path)
+  (tmp_path / "run.lease").write_text(lease)
+  claim(tmp_path).close()
+
+
+@pytest.mark.parametrize("prints", [None, [], "x", {"code": 5, "train": None}])
+def test_fingerprints_that_are_none_are_read_as_text(tmp_path, prints):
+  begin(tmp_path, metrics=[0], checkpoints=[2])
+  held = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(held | {"fingerprints": prints}))
+  assert workdir.read(tmp_path)["fingerprints"] in ({}, {"code": "5", "train": "None"})
+  claim(tmp_path, fingerprints={"code": "6"}).close()
+
+
+def test_a_file_too_large_is_not_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir, "_LEASE_SECONDS", 0.2)
+  begin(tmp_path)
+  for name in ("config.json", "run.lease"):
+    with open(tmp_path / name, "ab") as file:
+      file.truncate(2**40)  # A hole, which takes no room.
+  with pytest.raises(ValueError, match=r"config\.json is not readable: it has \d+ bytes, and at most 16777216"):
+    claim(tmp_path)
 
 
 def without_locks(*_):

@@ -96,19 +96,7 @@ def attention_rollout(
   A_l is layer l's attention averaged over heads, the half identity stands for the
   residual stream, i runs over the scored tokens of the completion as queries.
 
-  Memory of a trace is quadratic in P + T + S; see `decoder.attention_weights`.
-
-  Args:
-    params, config: the policy that sampled.
-    rollout, segments, completions, exit_ids: see `attribution.lay_out`.
-    chunk_size: traces run at once; None runs the batch together.
-
-  Returns:
-    [B, K] float32 in [0, 1]; 0 where there is no segment, where a segment has no token in the thought, and on
-    rows without a valid completion. No gradient flows to `params`.
-
-  Raises:
-    ValueError: on more than one completion a trace, or a chunk_size below 1.
+  Memory, arguments, result and errors are those of `attention`.
   """
   return _attention_credit(params, config, rollout, segments, completions, exit_ids, chunk_size, through_layers=True)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from rredcot_jax.credit import likelihood, source
 from rredcot_jax.model import decoder, scoring
-from rredcot_jax.ops import types, values
+from rredcot_jax.ops import composition, types, values
 from rredcot_jax.parallel import sharding
 
 
@@ -129,8 +129,8 @@ class Calibrated(likelihood.Likelihood):
     fitted, kept = calibrated_values(
       pairs, of_states, features_of(segments), returns, scored, group_size=setting.group_size
     )
-    _, sizes = likelihood.estimate(log_p, bank, form="plain")
-    return *likelihood.where_decided(fitted, sizes, segments, bank, returns), kept
+    plain, sizes = composition.values_from_log_probs(log_p, bank, segments, returns)
+    return jnp.where(scored, fitted, plain), sizes, kept
 
   def _run(
     self, batch: source.Batch, bank: types.Completions, returns: chex.Array

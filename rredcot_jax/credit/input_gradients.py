@@ -93,7 +93,7 @@ def gradient_x_input(
     without a valid completion. No gradient flows to `params`.
 
   Raises:
-    ValueError: on an unknown space, more than one completion a trace, or steps below 1.
+    ValueError: on an unknown space, or more than one completion a trace.
   """
   names.check_option("space", space, attribution.SPACES)
   layout = attribution.lay_out(rollout, segments, completions, exit_ids)
@@ -140,18 +140,9 @@ def integrated_gradients(
   It costs `steps` forward and backward passes over P + T + S tokens a trace, one after the other.
 
   Args:
-    params, config: the policy that sampled.
-    rollout, segments, completions, exit_ids: see `attribution.lay_out`.
-    temperature: logits are divided by it; use the sampling temperature.
-    space: one of `SPACES`.
     steps: nodes of the quadrature, >= 1.
 
-  Returns:
-    [B, K] float32; 0 where there is no segment, where a segment has no token in the thought, and on rows
-    without a valid completion. No gradient flows to `params`.
-
-  Raises:
-    ValueError: on an unknown space, more than one completion a trace, or steps below 1.
+  The other arguments, the result and the errors are those of `gradient_x_input`. ValueError also on steps below 1.
   """
   names.check_option("space", space, attribution.SPACES)
   layout = attribution.lay_out(rollout, segments, completions, exit_ids)

@@ -5,19 +5,17 @@
 See `model.scoring` for the scores and `ops.values` for the values.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 
 from rredcot_jax.cost import flops
 from rredcot_jax.credit import source
 from rredcot_jax.model import decoder, scoring
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.ops import types, values
+from rredcot_jax.ops import composition, types
 
 WITH_FAILURES = ("rollouts", "own")  # Banks that can hold completions of zero utility.
 
@@ -40,9 +38,9 @@ def bank_values(
   Args:
     params, model, cache: the policy that sampled, and the traces' keys and values.
     rollout, segments, bank: fields [B, ...].
-    returns: [B] float32. A state after the exit without a completion has its trace's return as its value.
+    returns: [B] float32; see `composition.values_from_log_probs`.
     temperature: that the traces were sampled at.
-    form: see `values.estimate_values`.
+    form: of `values.estimate_values`.
     chunk_size: branches of a trace scored at once; None is all.
 
   Returns:
@@ -51,26 +49,7 @@ def bank_values(
   log_p = scoring.score_with_cache(
     params, model, cache, rollout, segments, bank, temperature=temperature, chunk_size=chunk_size
   )
-  return where_decided(*estimate(log_p, bank, form=form), segments, bank, returns)
-
-
-def estimate(log_p: chex.Array, bank: types.Completions, *, form: str) -> tuple[chex.Array, chex.Array]:
-  """`values.estimate_values` of a batch: values and effective sample sizes, [B, K] float32 each."""
-  lengths = jnp.sum(bank.scored, axis=-1)
-  of_trace = jax.vmap(functools.partial(values.estimate_values, form=form))
-  return of_trace(log_p, bank.utilities, bank.log_q, bank.valid, lengths)
-
-
-def where_decided(
-  estimated: chex.Array,
-  sizes: chex.Array,
-  segments: types.Segments,
-  bank: types.Completions,
-  returns: chex.Array,
-) -> tuple[chex.Array, chex.Array]:
-  """`estimated` and `sizes` [B, K], with the return [B] as the value of states after the exit without a completion."""
-  decided = jnp.logical_and(segments.after_exit, jnp.logical_not(jnp.any(bank.valid, axis=-1)))
-  return jnp.where(decided, returns[:, None], estimated), jnp.where(decided, 1.0, sizes)
+  return composition.values_from_log_probs(log_p, bank, segments, returns, form=form)
 
 
 class Likelihood(source.Source):

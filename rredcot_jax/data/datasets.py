@@ -46,6 +46,7 @@ from rredcot_jax.data.encoding import THINK_CLOSE
 from rredcot_jax.data.reasoning_gym import split_of
 from rredcot_jax.data.tasks import Example
 from rredcot_jax.ops import names
+from rredcot_jax.report.text import shorten, visible
 
 SPLITS = ("train", "eval")
 
@@ -54,6 +55,8 @@ _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _FORMATS = (".jsonl", ".parquet")
 _MOST_ROW_BYTES = 64 * 2**20  # Of a line of JSONL.
 _MOST_GROUP_BYTES = 4 * 2**30  # Of a row group of Parquet, unpacked.
+_MOST_UNPACKED, _MOST_TIMES = 2**30, 100  # Characters of a Parquet file's rows, and how many times its own size.
+_MOST_SHARDS = 100_000
 _BATCH_BYTES = 32 * 2**20  # Of Parquet rows held at once.
 _DERIVED = ("####", "boxed")  # Where the answer of a row without an answer field stands in its solution.
 
@@ -317,13 +320,23 @@ def _parquet_rows(path: pathlib.Path, columns: Collection[str]) -> Iterator[_Row
       f"{path} is a Parquet file, which needs pyarrow: `pip install pyarrow`, or convert it to JSONL."
     ) from error
   try:
-    with pyarrow.parquet.ParquetFile(path) as file:
-      names = file.schema_arrow.names
-      number = 0
-      chosen = [name for name in names if name in columns]
+    with pyarrow.parquet.ParquetFile(path) as whole:
+      names = whole.schema_arrow.names
+    chosen = [name for name in names if name in columns]
+    # Text that is stored once for many rows stays so, until its row is made.
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=chosen) as file:
+      number, size, most = 0, 0, max(_MOST_UNPACKED, _MOST_TIMES * path.stat().st_size)
       for batch in file.iter_batches(batch_size=_batch_rows(path, file.metadata, chosen), columns=chosen):
-        for fields in batch.to_pylist():
+        held = dict(zip(chosen, batch.columns))
+        for place in range(batch.num_rows):
+          fields = {name: column[place].as_py() for name, column in held.items()}
           number += 1
+          size += sum(len(value) for value in fields.values() if isinstance(value, str))
+          if size > most:
+            raise ValueError(
+              f"{path}, row {number}: the rows up to here hold more than {most} characters, and the file has "
+              f"{path.stat().st_size} bytes: one text is stored for many rows. Write a file without so many copies."
+            )
           yield _Row(path, f"row {number}", fields, names)
   except (pyarrow.ArrowException, OSError) as error:  # A damaged page is an OSError.
     raise ValueError(f"{path}: this is no Parquet file that can be read: {error}") from error
@@ -366,8 +379,7 @@ def _parse(schema: Schema, row: _Row, match: Callable[[str, str], float]) -> dic
       raise RowWithoutAnswerError(f"{row}: the row has no answer: its solution has no \\boxed{{...}}.")
   elif not answer:
     raise RowWithoutAnswerError(
-      f"{row}: the row has no answer: no value in a field {_either(schema.answer)}; "
-      f"its fields are {', '.join(row.present)}."
+      f"{row}: the row has no answer: no value in a field {_either(schema.answer)}; its fields are {_fields(row)}."
     )
   if match(THINK_CLOSE + answer, answer) != 1.0:
     raise RowWithoutAnswerError(
@@ -428,7 +440,11 @@ def _text(row: _Row, names: Sequence[str], *, numbers: bool = False) -> str | No
 
 
 def _missing(row: _Row, names: Sequence[str]) -> str:
-  return f"{row}: no value in a field {_either(names)}; its fields are {', '.join(row.present) or 'none'}."
+  return f"{row}: no value in a field {_either(names)}; its fields are {_fields(row)}."
+
+
+def _fields(row: _Row) -> str:
+  return visible(shorten(", ".join(row.present), 200)) or "none"
 
 
 def _either(names: Sequence[str]) -> str:
@@ -453,14 +469,19 @@ def source_files(data_dir: str | pathlib.Path, dataset: str, file_split: str) ->
   directory = pathlib.Path(data_dir) / dataset
   # Exactly so: `train_socratic.jsonl`, which comes with GSM8K, is another corpus.
   shard = re.compile(rf"{re.escape(file_split)}(?P<shard>-\d.*)?(?P<format>\.jsonl|\.parquet)")
-  names = sorted(path.name for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []
-  found = [match for match in map(shard.fullmatch, names) if match]
+  by_number = lambda name: [
+    int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name, flags=re.ASCII)
+  ]
+  there = (path.name for path in directory.iterdir() if path.is_file()) if directory.is_dir() else ()
+  names = sorted(there, key=by_number)
+  found = [match for match in map(shard.fullmatch, names) if match and match[0].isprintable()]
   if not found:
     forms = " or ".join(f"{file_split}{f}" for f in _FORMATS)
-    there = f"holds {', '.join(names[:10]) or 'no file'}" if directory.is_dir() else "does not exist"
+    shown = visible(shorten(", ".join(names[:10]), 400))
+    state = f"holds {shown or 'no file'}" if directory.is_dir() else "does not exist"
     raise FileNotFoundError(
       f"No file of the corpus {dataset!r}: looked for {forms}, or shards such as {file_split}-00000-of-00002.parquet, "
-      f"in {directory}, which {there}. Other names: train_file and eval_file."
+      f"in {directory}, which {state}. Other names: train_file and eval_file."
     )
   if len({(match["format"], match["shard"] is None) for match in found}) > 1:
     raise ValueError(
@@ -472,16 +493,31 @@ def source_files(data_dir: str | pathlib.Path, dataset: str, file_split: str) ->
 
 
 def _check_shards(what: str, shards: Sequence[str | None]) -> None:
-  """Refuses numbered shards of which one is missing, or that are counted in two ways."""
-  numbered = [match for match in (re.fullmatch(r"-(\d+)-of-(\d+)", shard or "") for shard in shards) if match]
+  """Refuses numbered shards of which one is missing or there twice, or that are counted in two ways.
+
+  Hugging Face's older names end in a hash, as in `-00000-of-00002-1a2b3c`. Plain numbers are counted from 0 or 1.
+  """
+  pattern = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?")
+  numbered = [match for match in (pattern.fullmatch(shard or "") for shard in shards) if match]
   totals = sorted({int(match[2]) for match in numbered})
   if len(totals) > 1 or (numbered and len(numbered) < len(shards)):
     kinds = [f"-of-{total:05d}" for total in totals] + (["another numbering"] if len(numbered) < len(shards) else [])
     raise ValueError(f"{what} has shards of several numberings: {' and '.join(kinds)}. Keep one set of files.")
-  missing = sorted(set(range(totals[0])) - {int(match[1]) for match in numbered}) if totals else []
-  if missing:
-    shown = ", ".join(f"-{index:05d}-of-{totals[0]:05d}" for index in missing[:5])
-    raise ValueError(f"{what} lacks {len(missing)} of its {totals[0]} shards: {shown}. Complete the download.")
+  plain = [match for match in (re.fullmatch(r"-(\d+)", shard or "") for shard in shards) if match]
+  found = [int(match[1]) for match in numbered or (plain if len(plain) == len(shards) else [])]
+  if not found or (not totals and min(found) > 1):  # `train-2024` is no count.
+    return
+  first = 0 if totals else min(found)
+  total, form = (totals[0], f"-of-{totals[0]:05d}") if totals else (max(found) + 1 - first, "")
+  wanted = range(first, first + total) if total <= _MOST_SHARDS else range(0)
+  missing, more = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+  twice = sorted({index for index in found if found.count(index) > 1})
+  for verb, indices in (("lacks", missing), ("has more than once", twice), ("has beyond the last of", more)):
+    if indices:
+      shown = ", ".join(f"-{index:05d}{form}" for index in indices[:5])
+      raise ValueError(
+        f"{what} {verb} {len(indices)} of its {total} shards: {shown}. Complete or clean up the download."
+      )
 
 
 # ---- The builder -------------------------------------------------------------------------

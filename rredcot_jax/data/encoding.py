@@ -104,8 +104,8 @@ class Codec:
 
   def prompt_ids(self, example: Example) -> list[int]:
     """Ids of the question, in the chat template if there is one, then of the marker that opens the thought."""
-    before, after = self._frame
-    return [*before, *self._encode(example.question), *after]
+    before, after, begins = self._frame
+    return [*before, *self._encode(example.question, begins=begins), *after]
 
   def solution_ids(self, example: Example) -> list[list[int]]:
     """Ids of the reference solution, one list a step; [] where there is none."""
@@ -187,29 +187,35 @@ class Codec:
   # ---- Pieces ------------------------------------------------------------------------------
 
   @functools.cached_property
-  def _frame(self) -> tuple[list[int], list[int]]:
-    """Ids before and after the question. The template is trusted text, in which special tokens are recognised."""
+  def _frame(self) -> tuple[list[int], list[int], bool]:
+    """Ids before and after the question, and whether the question is where the tokenizer sees a text begin.
+
+    The template is trusted text, in which special tokens are recognised.
+    """
     tokenizer, marker = self.tokenizer, self._marker_ids(THINK_OPEN)
     if not (self.chat and tokenizer.chat_template):
       # Some tokenizers begin every text with a token of their own.
       opening = [token for token in tokenizer.encode("") if token != tokenizer.eos_token_id]
-      return opening, marker
+      return opening, marker, True
     chat = [{"role": "user", "content": _PLACEHOLDER}]
     text = render_chat(tokenizer, chat)
     before, found, after = text.partition(_PLACEHOLDER)
     if not found or _PLACEHOLDER in after:
       raise ValueError("The tokenizer's chat template does not hold the question once; set tokenizer.chat=False.")
     opening = list(tokenizer.encode(before, add_special_tokens=False))
+    # Behind nothing, and with some tokenizers behind a special token, the text begins with the question.
+    begun = [*opening, *encode_piece(tokenizer, "a", begins=True)]
+    begins = tokenizer.encode(before + "a", add_special_tokens=False) == begun
     # Some templates open the thought themselves.
     closing = [] if after.rstrip().endswith(THINK_OPEN) else marker
-    return opening, encode_piece(tokenizer, after, special=True) + closing
+    return opening, encode_piece(tokenizer, after, special=True) + closing, begins
 
-  def _encode(self, text: str) -> list[int]:
-    """Ids of untrusted text, in which no marker or special token is recognised."""
+  def _encode(self, text: str, *, begins: bool = False) -> list[int]:
+    """Ids of untrusted text, in which no marker or special token is recognised; for `begins` see `encode_piece`."""
     # `split_special_tokens` covers the tokens that a tokenizer calls special. Some (Qwen3's) list the markers as
     # ordinary added tokens, which it does not cover, so a marker is also taken apart in the text.
-    pieces = _INSIDE_MARKER.split(text)
-    encoded = [encode_piece(self.tokenizer, piece) for piece in pieces if piece]
+    pieces = [piece for piece in _INSIDE_MARKER.split(text) if piece]
+    encoded = [encode_piece(self.tokenizer, piece, begins=begins and not i) for i, piece in enumerate(pieces)]
     return [token for ids in encoded for token in ids]
 
   def _marker_ids(self, marker: str) -> list[int]:

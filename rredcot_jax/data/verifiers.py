@@ -131,7 +131,9 @@ def math_match(text: str | None, answer: str | None, *, any_form: bool = False) 
     number or scientific notation pays. A factored reference wants factors, an expanded
     one none.
   - Value (`mathematics.equality`): exact, except that a decimal of at least six
-    significant digits answers the numbers that it rounds: `0.333333` answers 1/3.
+    significant digits answers the numbers that it rounds: `0.333333` answers 1/3. A fraction
+    answers a decimal that shows its period twice: 1/3 answers 0.333333, and 22/7 does not
+    answer 3.142857.
   - Units: `5\text{ cm}`, `45^\circ` and `$5` answer 5, and 5 answers them, but `5\text{ m}`
     does not answer 5 cm. A percent sign is such a unit: `50\%` answers 50 and never 0.5,
     because corpora that ask for a percentage write 50.

@@ -6,16 +6,20 @@ A checkpoint may come from anywhere. Its sizes, counts and lengths are bounded b
 import contextlib
 import json
 import pathlib
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import safetensors
 
 from rredcot_jax.report import text
 
 # Far above any model. Small enough that a forged config cannot fill the memory before the tensors are checked.
 MOST, MOST_LAYERS = 2**24, 10_000
 _MOST_JSON = 2**20  # Bytes of a config.json; those of models have a few thousand.
+# A header of safetensors has about a hundred bytes for each tensor.
+_MOST_HEADER = 2**24
 
 _T = TypeVar("_T")
 
@@ -39,6 +43,21 @@ def read_json(path: pathlib.Path, *, most: int = _MOST_JSON) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise ValueError(f"{path} holds no JSON object.")
   return value
+
+
+def open_safetensors(path: pathlib.Path) -> Any:
+  """A safetensors file, mapped, not read; its `keys`, `get_slice` and `get_tensor` are numpy's.
+
+  Raises:
+    ValueError: naming the file, if its header is larger than that of any model, or if it is damaged.
+  """
+  with path.open("rb") as file:
+    start = file.read(8)
+  header = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+  if _MOST_HEADER < header <= path.stat().st_size:
+    raise ValueError(f"{path}: its header has {header} bytes; at most {_MOST_HEADER} are read.")
+  with refusing(f"{path} is not a whole safetensors file"):
+    return safetensors.safe_open(path, framework="numpy")
 
 
 @contextlib.contextmanager

@@ -221,7 +221,9 @@ def _quoted(token: str | None) -> str:
 # ---- Text to ids -----------------------------------------------------------------------------
 
 
-def encode_piece(tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, special: bool = False) -> list[int]:
+def encode_piece(
+  tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, special: bool = False, begins: bool = False
+) -> list[int]:
   """The ids that `text` adds in the middle of a text.
 
   Some tokenizers (Llama 2's, and others made by SentencePiece) put a space before everything they
@@ -232,13 +234,14 @@ def encode_piece(tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, 
     tokenizer: the model's. No token is added to it after the first call.
     text: any text.
     special: whether special tokens written in `text` become the tokens of these names; not for untrusted text.
+    begins: whether `text` begins a whole text, so that the space belongs to it.
 
   Returns:
     The ids, without those that the tokenizer puts around a whole text.
   """
   if tokenizer not in _WITHOUT_PREFIX:
     _WITHOUT_PREFIX[tokenizer] = _without_prefix(tokenizer.backend_tokenizer)
-  backend = _WITHOUT_PREFIX[tokenizer]
+  backend = None if begins else _WITHOUT_PREFIX[tokenizer]
   if backend is None:
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special))
   backend.encode_special_tokens = not special

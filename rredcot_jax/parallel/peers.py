@@ -201,7 +201,7 @@ class Peers:
             self._take(link, received)
           except OSError as error:
             why = f"the connection to it broke: {error.strerror}"
-          except (ValueError, KeyError, TypeError):
+          except _UNREADABLE:
             received, why = b"", "it sent a message that cannot be read"
           if received:
             continue
@@ -229,6 +229,8 @@ class Peers:
           self._news.notify_all()
 
 
+# What reading a message can raise, whoever wrote it.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _LONGER = "RREDCOT_START_SECONDS sets a longer time."
 _ALIKE = "start all processes alike, with the same program and the same flags but --process_id."
 
@@ -349,7 +351,7 @@ class _Meeting:
     try:
       hello = json.loads(line)
       self._greet(one, int(hello["process"]), int(hello["count"]), str(hello["refusal"]), str(hello["where"]))
-    except (ValueError, KeyError, TypeError):  # Not a process of this run: a health check, or a port scanner.
+    except _UNREADABLE:  # Not a process of this run: a health check, or a port scanner.
       one.close()
 
   def _greet(self, one: socket.socket, process: int, count: int, refusal: str, where: str) -> None:

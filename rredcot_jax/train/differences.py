@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rredcot_jax.report.text import shorten, visible
 from rredcot_jax.train.config import default_config
 
 
@@ -10,10 +11,14 @@ def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
   """What differs between two nested dicts, each as "a.b (1 there, 2 here)"."""
   there, here = _flatten(held), _flatten(wanted)
   return [
-    f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"
+    f"{visible(shorten(name, 200))} ({_shown(there.get(name))} there, {_shown(here.get(name))} here)"
     for name in sorted(there.keys() | here.keys())
     if there.get(name) != here.get(name)
   ]
+
+
+def _shown(value: Any) -> str:
+  return shorten(repr(value), 200)
 
 
 # Keys that do not change what a run computes, but for the order of float32 sums.

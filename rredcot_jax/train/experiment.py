@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import optax
+from absl import logging
 from ml_collections import ConfigDict
 
 from rredcot_jax.credit import source
@@ -91,22 +92,37 @@ class Experiment:
     task = config.evaluation.task if split == "eval" and config.evaluation.task.name else config.task
     return {"name": task.name, "split": split, **task.options.to_dict()}
 
-  def fingerprints(self, splits: Sequence[str] = ("train", "eval")) -> dict[str, str]:
+  def fingerprints(self, splits: Sequence[str] = ("train", "eval"), *, start: str | None = None) -> dict[str, str]:
     """Hashes of what a run is made from, by name: a path in the configuration does not say what lies there.
 
-    "code", "tokenizer" (with its chat template), "start" (the starting parameters, where there are any), and
-    "train" and "eval" (the rows of a task that has a `fingerprint`).
+    "code", "own code" (packages that the configuration names), "tokenizer" (with its chat template), "ends"
+    (the ids that end a trace), "start" (the starting parameters), and "train" and "eval" (the rows of a task
+    that has a `fingerprint`). What there is none of is left out.
+
+    Args:
+      splits: whose rows are hashed.
+      start: the path of the starting parameters; None is `initial_params`.
     """
-    loaded = self.codec.tokenizer
-    described = [loaded.backend_tokenizer.to_str(), loaded.chat_template if self.codec.chat else None]
-    prints = {"code": workdir_lib.hash_of_code(), "tokenizer": workdir_lib.hash_of_values(described)}
-    if self.config.initial_params:
-      prints["start"] = workdir_lib.hash_of_files([initial.locate(self.config.initial_params)])
+    start = self.config.initial_params if start is None else start
+    prints = {"code": workdir_lib.hash_of_code(), **self._text_fingerprints}
+    own_code = workdir_lib.hash_of_own_code(self.config)
+    if own_code:
+      prints["own code"] = own_code
+    if start:
+      prints["start"] = workdir_lib.hash_of_files([initial.locate(start)])
     for split in splits:
       task = self.train_task if split == "train" else self.held_out
       if hasattr(task, "fingerprint"):
         prints[split] = task.fingerprint
     return prints
+
+  @property
+  def _text_fingerprints(self) -> dict[str, str]:
+    """Of the tokenizer and of what ends a trace."""
+    loaded = self.codec.tokenizer
+    described = [loaded.backend_tokenizer.to_str(), loaded.chat_template if self.codec.chat else None]
+    hash_of = workdir_lib.hash_of_values
+    return {"tokenizer": hash_of(described), "ends": hash_of(self.codec.end_ids)}
 
   # ---- Model and meshes --------------------------------------------------------------------
 
@@ -168,9 +184,20 @@ class Experiment:
     Raises:
       ValueError: if there is none, or if its model is not this one, naming the sizes that differ.
     """
-    held = ConfigDict(workdir_lib.read(workdir)["config"])
+    read = workdir_lib.read(workdir)
+    held, begun_with = ConfigDict(read["config"]), read.get("fingerprints", {})
+    changed = [name for name, now in self._text_fingerprints.items() if begun_with.get(name, now) != now]
+    if changed:
+      logging.warning(
+        "changed since the run in %s was trained: %s. Its ids may mean other tokens here.",
+        workdir,
+        " and ".join(changed),
+      )
     held.mesh, held.rollout_mesh = self.config.mesh, self.config.rollout_mesh
-    trained = Experiment(held, devices=self._devices)
+    try:
+      trained = Experiment(held, devices=self._devices)
+    except (KeyError, AttributeError, TypeError) as error:
+      raise ValueError(f"the config.json of {workdir} is not that of a run of this version: {error}") from error
     differing = differences.differences(trained.model.sizes(), self.model.sizes())
     if differing:
       raise ValueError(f"the run in {workdir} trained another model than config.model says: {', '.join(differing)}.")

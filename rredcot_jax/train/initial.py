@@ -1,7 +1,6 @@
 """The parameters that a run starts from: at random, a checkpoint of others, or one safetensors file of ours."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -10,16 +9,18 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from jax.typing import DTypeLike
 
 from rredcot_jax.model import decoder, huggingface
 from rredcot_jax.model.config import ModelConfig
+from rredcot_jax.model.source import open_safetensors, refusing
 from rredcot_jax.parallel import sharding
 from rredcot_jax.report import files
+from rredcot_jax.report.text import shorten, visible
 
 _SEPARATOR = "/"
+_SHOWN = 400  # Characters of a file's tensor names in an error.
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 
 
@@ -78,22 +79,23 @@ def load_params(path: str | os.PathLike, abstract_params: Any) -> Any:
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: naming the file and the tensor, if one is missing, has another
-      shape than the configured model, or if the file is damaged.
+      shape than the configured model, or if the file is damaged or its header
+      too large.
   """
   path = locate(path)
   if not path.is_file():
     raise FileNotFoundError(f"no parameters at {path}: check initial_params, or make the file with warm_start.py.")
-  try:
-    flat = safetensors.numpy.load_file(path)
-  except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
-    raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+  opened = open_safetensors(path)
+  there = set(opened.keys())
 
   def pick(key_path: tuple, leaf: Any) -> np.ndarray:
     name = _SEPARATOR.join(str(key.key) for key in key_path)
-    if name not in flat:
-      raise ValueError(f"{path} has no tensor {name!r}; it holds {', '.join(sorted(flat))}.")
-    if flat[name].shape != leaf.shape:
-      raise ValueError(f"{path}: tensor {name!r} is {flat[name].shape} and the model needs {leaf.shape}.")
-    return flat[name].astype(leaf.dtype)
+    if name not in there:
+      raise ValueError(f"{path} has no tensor {name!r}; it holds {visible(shorten(', '.join(sorted(there)), _SHOWN))}.")
+    shape = tuple(opened.get_slice(name).get_shape())
+    if shape != leaf.shape:
+      raise ValueError(f"{path}: tensor {name!r} is {shape} and the model needs {leaf.shape}.")
+    with refusing(f"{path}: tensor {name!r} cannot be read"):
+      return opened.get_tensor(name).astype(leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(pick, abstract_params)

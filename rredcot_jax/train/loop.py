@@ -76,7 +76,9 @@ def _train(
   differing = preflight.differing_pieces(task, codec)
   if differing and processes.is_main():
     logging.warning("%s", differing)
-  usable = preflight.usable_prompts(task, codec, config.rollout.max_prompt_tokens, config.rollout.overlong)
+  room = config.rollout.max_prompt_tokens
+  preflight.check_held_out(experiment.held_out, codec, room, config.evaluation.num_prompts)
+  usable = preflight.usable_prompts(task, codec, room, config.rollout.overlong)
   prompts = batching.prompt_iterator(task, config.rollout.prompts_per_step, config.seed, usable)
 
   # ---- State on the mesh: the newest checkpoint's, or the start ----------------------------

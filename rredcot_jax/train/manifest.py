@@ -7,6 +7,7 @@ import os
 import pathlib
 
 from rredcot_jax.report import files
+from rredcot_jax.report.text import shorten, visible
 
 NAME = "MANIFEST.json"
 _FORMAT = 1
@@ -49,21 +50,25 @@ def damage(directory: str | os.PathLike, *, part: int = 0, parts: int = 1) -> st
   try:
     held = json.loads((directory / NAME).read_text(encoding="utf-8"))
     if held["format"] != _FORMAT:
-      return f"{NAME} has the format {held['format']!r}, not {_FORMAT}"
+      return f"{NAME} has the format {held['format']!r:.80}, not {_FORMAT}"
     entries = {str(name): (int(size), str(digest)) for name, (size, digest) in held["files"].items()}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     return f"{NAME} is not readable ({type(error).__name__})"
+  if not entries:
+    return f"{NAME} names no files"
   if any(pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts for name in entries):
     return f"{NAME} names files outside of its directory"
+
+  shown = lambda name: visible(shorten(name, 200))
 
   def compare(name: str) -> str:
     try:
       size, digest = _entry(directory, name)
-    except (OSError, ValueError) as error:
-      return f"{name} is not readable ({type(error).__name__})"
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+      return f"{shown(name)} is not readable ({type(error).__name__})"
     if size != entries[name][0]:
-      return f"{name} has {size} bytes and was written with {entries[name][0]}"
-    return "" if digest == entries[name][1] else f"{name} holds other bytes than were written"
+      return f"{shown(name)} has {size} bytes and was written with {entries[name][0]}"
+    return "" if digest == entries[name][1] else f"{shown(name)} holds other bytes than were written"
 
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     return next(filter(None, pool.map(compare, sorted(entries)[part::parts])), "")
@@ -83,6 +88,8 @@ def sync_directory(directory: str | os.PathLike) -> None:
 def _entry(directory: pathlib.Path, name: str, *, durable: bool = False) -> tuple[int, str]:
   """Size and hash of one file; ValueError if a stamped file is no JSON."""
   path, digest, size = directory / name, hashlib.sha256(), 0
+  if not path.is_file():  # Opening a pipe would never end.
+    raise FileNotFoundError(name)
   with open(path, "rb") as file:
     if durable:
       os.fsync(file.fileno())

@@ -170,13 +170,14 @@ def drop_lines_after(path: str | os.PathLike, step: int) -> None:
   if not path.exists():
     return
   kept, damaged = [], 0
-  text = path.read_text(encoding="utf-8", errors="replace")
+  with workdir_lib.writing(path):
+    text = path.read_text(encoding="utf-8", errors="replace")
   lines = text.split("\n")
   for number, line in enumerate(lines, start=1):
     try:
       if json.loads(line)["step"] <= step:
         kept.append(line + "\n")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       damaged += number < len(lines)  # The last one may be half of a line, or empty.
   if damaged:
     logging.warning("%s: %d damaged lines are left out, the others kept.", path, damaged)
@@ -196,6 +197,6 @@ def is_evaluated(path: str | os.PathLike, step: int) -> bool:
       values = json.loads(line)
       if values["step"] == step and "eval/pass@1" in values:
         return True
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       continue
   return False

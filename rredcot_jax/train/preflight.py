@@ -23,13 +23,21 @@ def check_references(task: Task, codec: Codec) -> None:
     codec: the model's.
 
   Raises:
-    ValueError: naming the example, the decoded text and its reward.
+    ValueError: naming the example, the decoded text and its reward, or a token in it that ends a trace.
   """
   for index in range(min(_REFERENCES, len(task))):
     example = task[index]
     if not example.answer:
       continue
-    text = codec.response(codec.trace_ids(Trace(example.steps, example.answer)))
+    ids = codec.trace_ids(Trace(example.steps, example.answer))
+    early = next((token for token in ids[:-1] if token in codec.end_ids), None)
+    if early is not None:
+      raise ValueError(
+        f"example {index} of task {task.name!r}: its reference holds the token {codec.decode([early])!r}, id {early}, "
+        "which ends a trace, so that the policy could not write it. Check eos_token_id in the generation_config.json "
+        "beside the tokenizer, and whether the tokenizer is the model's."
+      )
+    text = codec.response(ids)
     reward = task.reward(example, text)
     if reward != 1.0:
       raise ValueError(
@@ -64,6 +72,17 @@ def differing_pieces(task: Task, codec: Codec) -> str | None:
   )
 
 
+def check_held_out(task: Task, codec: Codec, width: int, count: int) -> None:
+  """Refuses a held-out task of whose first `count` prompts one has more than `width` tokens.
+
+  Raises:
+    ValueError: naming the longest prompt.
+  """
+  _, found = _overlong(task, codec, width, np.arange(min(count, len(task))))
+  if found:
+    raise ValueError(f"{found}. Held-out prompts are not left out: raise the limit.")
+
+
 def usable_prompts(task: Task, codec: Codec, width: int, overlong: str) -> np.ndarray | None:
   """Which examples have a prompt of at most `width` tokens.
 
@@ -82,18 +101,25 @@ def usable_prompts(task: Task, codec: Codec, width: int, overlong: str) -> np.nd
   total = len(task)
   count = total if overlong == "skip" or total <= _ALL_PROMPTS else _SAMPLED_PROMPTS
   measured = np.unique(np.linspace(0, total - 1, count).astype(int))
-  lengths = np.array([len(codec.prompt_ids(task[int(index)])) for index in measured])
-  too_long = measured[lengths > width]
-  if not len(too_long):
+  too_long, found = _overlong(task, codec, width, measured)
+  if not found:
     return None
-  longest = int(measured[int(lengths.argmax())])
-  found = (
-    f"{len(too_long)} of {len(measured)} prompts of task {task.name!r} have more than rollout.max_prompt_tokens="
-    f"{width} tokens; the longest has {lengths.max()}, example {longest}: {task[longest].question[:_SHOWN]!r}"
-  )
   if overlong == "refuse":
     raise ValueError(f"{found}. Raise the limit, or set rollout.overlong='skip' to leave such prompts out.")
   if len(too_long) == total:
     raise ValueError(f"{found}: none is left. Raise the limit.")
   logging.warning("%s. They are left out.", found)
   return np.setdiff1d(measured, too_long)
+
+
+def _overlong(task: Task, codec: Codec, width: int, measured: np.ndarray) -> tuple[np.ndarray, str]:
+  """Which of the `measured` examples have a longer prompt than `width`, and a sentence about them; "" for none."""
+  lengths = np.array([len(codec.prompt_ids(task[int(index)])) for index in measured])
+  too_long = measured[lengths > width]
+  if not len(too_long):
+    return too_long, ""
+  longest = int(measured[int(lengths.argmax())])
+  return too_long, (
+    f"{len(too_long)} of {len(measured)} prompts of task {task.name!r} have more than rollout.max_prompt_tokens="
+    f"{width} tokens; the longest has {lengths.max()}, example {longest}: {task[longest].question[:_SHOWN]!r}"
+  )

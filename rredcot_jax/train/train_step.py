@@ -206,10 +206,12 @@ def compile_rollouts(
   )(rollout)
   ids = {"eos_id": codec.end_ids, "pad_id": codec.pad_id}
   jitted = sharding.on(rollout_mesh, jax.jit(cut))
+  tables: Any = (codec.tables, codec.exit_table)  # Put there once, because they are sent at every step otherwise.
+  tables = sharding.put_state(jax.tree.map(lambda _: sharding.replicated(rollout_mesh), tables), tables)
   return RolloutSteps(
     params=for_rollouts(config, mesh, rollout_mesh),
     sample=sharding.on(rollout_mesh, functools.partial(_sample, config, {**sampling_options, **ids})),
-    segment=lambda rollout: jitted(rollout, codec.tables, codec.exit_table),
+    segment=lambda rollout: jitted(rollout, *tables),
   )
 
 

@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -29,11 +30,16 @@ from ml_collections import ConfigDict
 
 from rredcot_jax.parallel import processes
 from rredcot_jax.report import files
+from rredcot_jax.report.text import shorten, visible
 from rredcot_jax.train import differences
 
+CODE = ("code", "own code")  # The fingerprints of programs: this package's, and those that a configuration names.
 FORMAT = 1  # Of config.json and what lies beside it.
 _BEAT_SECONDS = 5.0
 _LEASE_SECONDS = 30.0  # A holder on another machine that has not renewed its lease for so long is considered dead.
+_URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"
+_NAMED = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*")  # "package.module:Name".
+_MOST_CONFIG, _MOST_LEASE = 2**24, 2**16  # Bytes read of config.json and of run.lease.
 _HOLDINGS = ("metrics.jsonl", "traces.jsonl", "checkpoints")  # What a run leaves, beside config.json.
 
 
@@ -67,6 +73,8 @@ def advice(error: OSError, directory: str | os.PathLike) -> str:
   """What to do about an error of the operating system, as the beginning of a sentence."""
   if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
     return f"Make {directory} writable for this user"
+  if error.errno == errno.ENAMETOOLONG:
+    return f"Choose a shorter path than {shorten(directory, 80)}"
   if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
     return f"Make room in {directory} (space, quota, or the limit of ulimit -f)"
   return f"Look after the storage of {directory}"
@@ -117,7 +125,39 @@ def hash_of_values(values: Iterable[Any]) -> str:
 @functools.cache
 def hash_of_code() -> str:
   """A hash of this package's Python files, which says whether two hosts run the same code."""
-  package = pathlib.Path(__file__).parent.parent
+  return _hash_of_package(pathlib.Path(__file__).parent.parent)
+
+
+def hash_of_own_code(config: ConfigDict) -> str:
+  """A hash of the packages that a configuration names as "package.module:Name"; "" where it names none.
+
+  Of a package all Python files count, and of a module that lies in no package its one file.
+  """
+  named = sorted(
+    {text.partition(".")[0].partition(":")[0] for text in _texts(config.to_dict()) if _NAMED.fullmatch(text)}
+  )
+  found = {}
+  for name in named:
+    with contextlib.suppress(ImportError, ValueError):  # What is refused elsewhere.
+      spec = importlib.util.find_spec(name)
+      for folder in (spec.submodule_search_locations or ()) if spec else ():
+        found[name] = _hash_of_package(pathlib.Path(folder))
+      if spec and not spec.submodule_search_locations and spec.origin and os.path.isfile(spec.origin):
+        found[name] = hash_of_files([spec.origin])
+  found.pop("rredcot_jax", None)  # "code" has it.
+  return hash_of_values([found]) if found else ""
+
+
+def _texts(tree: Any) -> Iterator[str]:
+  """All strings in a nest of mappings and lists."""
+  if isinstance(tree, str):
+    yield tree
+  elif isinstance(tree, Mapping | list | tuple):
+    for value in tree.values() if isinstance(tree, Mapping) else tree:
+      yield from _texts(value)
+
+
+def _hash_of_package(package: pathlib.Path) -> str:
   whole = hashlib.sha256()
   for path in sorted(package.rglob("*.py")):
     whole.update(f"{path.relative_to(package)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -133,11 +173,11 @@ def check_fingerprints(held: Mapping[str, str], now: Mapping[str, str], *, where
     ValueError: naming what else has changed. A hash that only one side has is not compared.
   """
   changed = [name for name in sorted(held.keys() & now.keys()) if held[name] != now[name]]
-  if "code" in changed:
-    changed.remove("code")
+  for name in [name for name in changed if name in CODE]:
+    changed.remove(name)
     logging.warning(
-      "the code has changed since %s was written (%s then, %s now): what follows may differ from an uninterrupted run.",
-      where, held["code"][:8], now["code"][:8],
+      "the %s has changed since %s was written (%s then, %s now): what follows may differ from an uninterrupted run.",
+      name, where, held[name][:8], now[name][:8],
     )  # fmt: skip
   if changed:
     raise ValueError(
@@ -219,7 +259,7 @@ def check_path(workdir: str | os.PathLike) -> pathlib.Path:
   text = os.fspath(workdir)
   if not text.strip():
     raise ValueError("--workdir is empty: give a directory, such as --workdir=runs/first.")
-  if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+  if re.match(_URL, text):
     raise ValueError(
       f"--workdir={text} is a URL, and a run is written to a directory: mount the bucket (Cloud Storage FUSE, or a "
       "shared disk) and give the mounted path."
@@ -231,8 +271,12 @@ def check_path(workdir: str | os.PathLike) -> pathlib.Path:
       f"--workdir={text!r}: the path {str(path)!r} has {' '.join(map(repr, strange))}, which the checkpoint library "
       "reads as a pattern, so that nothing saved there could be read again. Choose a path without them."
     )
-  if path.exists() and not path.is_dir():
-    raise ValueError(f"--workdir={text} is a file, and a run is written to a directory: choose another path.")
+  there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
+  if os.path.lexists(there) and not there.is_dir():
+    raise ValueError(
+      f"--workdir={text}: {there} is a file, or a link to nothing, and a run is written to a directory: choose another "
+      "path."
+    )
   return path
 
 
@@ -244,6 +288,10 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
   """
   path = pathlib.Path(workdir) / "config.json"
   try:
+    if path.exists() and not path.is_file():
+      raise ValueError("it is no file")
+    if path.stat().st_size > _MOST_CONFIG:
+      raise ValueError(f"it has {path.stat().st_size} bytes, and at most {_MOST_CONFIG} are read")
     text = path.read_text(encoding="utf-8")
   except FileNotFoundError:
     raise ValueError(f"{workdir} is no work directory of experiments/train.py: it has no config.json.") from None
@@ -251,7 +299,7 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
     raise ValueError(f"{path} is not readable: {error}") from error
   try:
     held = json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     what = "is empty" if not text.strip() else f"is cut off or damaged ({error})"
     rest = "and no checkpoint is there: remove the directory and start again"
     if newest_checkpoint(workdir) is not None:
@@ -262,16 +310,25 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
   if held.get("format") != FORMAT:
     raise ValueError(
       f"{path} was written by another version of this program (format {held.get('format')!r}, version "
-      f"{held.get('version', 'unknown')}; this is format {FORMAT}, version {version()}), and may mean other "
+      f"{visible(held.get('version', 'unknown'))}; this is format {FORMAT}, version {version()}), and may mean other "
       "things by the same names. Go on with that version, or choose another --workdir."
     )
-  return held
+  prints = held.get("fingerprints")
+  return held | {"fingerprints": {name: str(x) for name, x in prints.items()} if isinstance(prints, dict) else {}}
 
 
 def _take_over(
   path: pathlib.Path, wanted: dict[str, Any], command: str, fingerprints: dict[str, str], *, resume: bool
 ) -> None:
   """Writes config.json into a new directory, or checks that the run there is this one."""
+
+  def write_config() -> None:
+    new = {
+      "format": FORMAT, "version": version(), "command": command, "fingerprints": fingerprints, "config": wanted,
+    }  # fmt: skip
+    with writing(path / "config.json"):
+      files.write_whole(path / "config.json", json.dumps(new, indent=1))
+
   if not (path / "config.json").exists():
     left = [name for name in _HOLDINGS if (path / name).exists()]
     if left:
@@ -279,13 +336,13 @@ def _take_over(
         f"{path} holds {' and '.join(left)} but no config.json, which says whose they are: put it back, remove them, "
         "or choose another --workdir."
       )
-    new = {
-      "format": FORMAT, "version": version(), "command": command, "fingerprints": fingerprints, "config": wanted,
-    }  # fmt: skip
-    with writing(path / "config.json"):
-      files.write_whole(path / "config.json", json.dumps(new, indent=1))
+    write_config()
     return
   held = read(path)
+  if not _is_begun(path):
+    # A start that was refused after config.json had been written must not keep the corrected command out.
+    write_config()
+    return
   differing = differences.run_differences(held["config"], wanted)
   if differing:
     raise ValueError(f"{path} holds a run of another configuration: {', '.join(differing)}. Choose another --workdir.")
@@ -293,6 +350,13 @@ def _take_over(
     raise ValueError(f"{path} holds a run and --noresume was given: choose another --workdir or remove it.")
   check_fingerprints(held.get("fingerprints", {}), fingerprints, where=f"the run in {path}")
   _check_checkpoints(path, wanted)
+
+
+def _is_begun(path: pathlib.Path) -> bool:
+  """Whether a directory with a config.json holds anything else that a run has made."""
+  start = {"config.json", "run.lock", "run.lease", "tensorboard"}
+  holds = lambda entry: any(entry.iterdir()) if entry.is_dir() else entry.stat().st_size > 0
+  return any(entry.name not in start and holds(entry) for entry in path.iterdir())
 
 
 def _check_checkpoints(path: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -314,12 +378,35 @@ def _last_step(path: pathlib.Path) -> int | None:
   last = None
   with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as lines:
     for line in lines:
-      with contextlib.suppress(ValueError, KeyError, TypeError):
+      with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         last = int(json.loads(line)["step"])
   return last
 
 
 # ---- Who may write in it ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def alone(path: str | os.PathLike) -> Iterator[None]:
+  """Holds one file of results, whose folder is made, while it is written by a command that has no work directory.
+
+  The lock is on `<path>.lock`, which stays. The kernel releases it however the process ends.
+
+  Raises:
+    ValueError: if another process holds it, or if `path` is a directory or a URL.
+    WriteFailed: if the folder cannot be written.
+  """
+  if pathlib.Path(path).is_dir() or re.match(_URL, os.fspath(path)):
+    raise ValueError(f"--output={os.fspath(path)} must be a file on a disk, and is a directory or a URL.")
+  with writing(path):
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    descriptor, held = _try_lock(f"{os.fspath(path)}.lock")
+  try:
+    if not held:
+      raise ValueError(f"{path} is being written by another process: wait for its end, or choose another --output.")
+    yield
+  finally:
+    os.close(descriptor)
 
 
 class ClaimLost(RuntimeError):
@@ -422,16 +509,24 @@ _held: dict[pathlib.Path, Claim] = {}  # Of this process.
 
 def _locked(workdir: pathlib.Path) -> int:
   """A descriptor of run.lock with the lock on it; without one where the filesystem has no locks."""
+  descriptor, held = _try_lock(workdir / "run.lock")
+  if not held:
+    os.close(descriptor)
+    raise _in_use(workdir, _read_lease(workdir))
+  return descriptor
+
+
+def _try_lock(path: str | os.PathLike) -> tuple[int, bool]:
+  """A descriptor of a file, made if need be, and whether no other process has the lock on it."""
   # A POSIX lock, because forked children do not inherit it, and on NFS it holds for all machines.
-  descriptor = os.open(workdir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+  descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
   try:
     fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
     if error.errno in (errno.EACCES, errno.EAGAIN):
-      os.close(descriptor)
-      raise _in_use(workdir, _read_lease(workdir)) from None
-    logging.warning("%s: this filesystem has no locks (%s); the lease alone holds it.", workdir, error.strerror)
-  return descriptor
+      return descriptor, False
+    logging.warning("%s: this filesystem has no locks (%s): another process may write there too.", path, error.strerror)
+  return descriptor, True
 
 
 def _watch_former(workdir: pathlib.Path) -> None:
@@ -469,7 +564,8 @@ def _in_use(workdir: pathlib.Path, holder: Mapping[str, Any] | None) -> ValueErr
 
 
 def _describe(holder: Mapping[str, Any]) -> str:
-  return f"a run on {holder.get('host')}, pid {holder.get('pid')} ({str(holder.get('command'))[:200]})"
+  host, pid, command = (visible(shorten(holder.get(name), 200)) for name in ("host", "pid", "command"))
+  return f"a run on {host}, pid {pid} ({command})"
 
 
 def _me() -> dict[str, Any]:
@@ -497,11 +593,12 @@ def _started(pid: Any) -> str | None:
 def _read_lease(workdir: pathlib.Path) -> dict[str, Any] | None:
   """What run.lease says; None where there is none, {} while it is being written."""
   try:
-    held = json.loads((workdir / "run.lease").read_text(encoding="utf-8", errors="replace"))
+    with open(workdir / "run.lease", "rb") as file:
+      held = json.loads(file.read(_MOST_LEASE))
     return held if isinstance(held, dict) else {}
   except FileNotFoundError:
     return None
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return {}
 
 

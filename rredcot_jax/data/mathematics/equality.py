@@ -69,7 +69,9 @@ def same_text(gold: str, answer: str) -> bool:
 def _plain(text: str) -> str:
   text = re.sub(r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", latex.to_latex(text))
   text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
-  return re.sub(r"\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z])", "", text).strip("$").removesuffix(".")
+  # Between two digits it stays, because `39 1` is not 391.
+  text = re.sub(r"(?:\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z]))+", " ", text)
+  return re.sub(r"(?<!\d) | (?!\d)", "", text).strip("$").removesuffix(".")
 
 
 class _Piece(NamedTuple):
@@ -103,6 +105,11 @@ class _Comparison:
 
   def _list(self, gold: Node, answer: Node) -> bool:
     if answer.kind in ("list", "set"):
+      # `x < 1 and x > 2` is no number, and `x < 1 or x > 2` is nearly all of them.
+      if {gold.name, answer.name} == {"and", "or"} and any(
+        part.kind == "relation" and part.name != "=" for part in gold.args
+      ):
+        return False
       return self._unordered(gold.args, parts.without_names(gold, answer).args, self.answers)
     if gold.name == "or" and self._on_the_line(gold, answer):
       return True
@@ -300,14 +307,19 @@ class _Comparison:
     return self._same_number(gold, answer)
 
   def _same_number(self, gold: Node, answer: Node) -> bool:
-    """Equal values; or one is a decimal of at least `SIGNIFICANT_DIGITS` digits that the other rounds to."""
+    """Equal values; or one is a decimal of at least `SIGNIFICANT_DIGITS` digits that the other rounds to.
+
+    A fraction answers a decimal only if the decimal shows its period: 22/7 is not what 3.142857 asks for.
+    """
     exact = values.exact(gold), values.exact(answer)
     if None not in exact and exact[0] == exact[1]:
       return True
     decimals = sorted((node for node in (gold, answer) if parts.digits_of(node)), key=parts.digits_of)
     if decimals and not forms.symbols_of(gold):
-      other = answer if decimals[0] is gold else gold
-      return parts.digits_of(decimals[0]) >= SIGNIFICANT_DIGITS and self._rounds_to(other, decimals[0])
+      other, digits = answer if decimals[0] is gold else gold, parts.digits_of(decimals[0])
+      if exact[1] is not None and not parts.digits_of(answer) and not values.shows_period(exact[1], digits):
+        return False
+      return digits >= SIGNIFICANT_DIGITS and self._rounds_to(other, decimals[0])
     return None in exact and self._same_value(gold, answer)
 
   def _rounds_to(self, node: Node, decimal: Node) -> bool:

@@ -38,6 +38,8 @@ _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _LOOKS = re.compile(
   r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|angle|triangle|therefore|rm)(?![A-Za-z])\.?"
 )
+_COLOUR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z]{1,20}\}")
+_OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
 _DEGREE = re.compile(r"(?:\{\s*\})?\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
 _PRIMES = re.compile(r"\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z]))")
 _HALF_DAY = re.compile(r"(?<![A-Za-z])([apAP])\.\s*[mM]\.?(?![A-Za-z])")
@@ -51,7 +53,7 @@ def to_latex(text: str) -> str:
   text = text.translate(_CHARACTERS)
   text = _DEGREE.sub("°", _HALF_DAY.sub(r"\1m", text))
   text = _PRIMES.sub(lambda match: "'" * match[0].count("prime"), text)
-  text = _LOOKS.sub(" ", text)
+  text = _OVER.sub(r"\\frac{\1}{\2}", _COLOUR.sub(" ", _LOOKS.sub(" ", text)))
   text = text.replace(r"\|", r"\Vert ").replace(r"\lvert", "|").replace(r"\rvert", "|")
   return _TIMES_TEN.sub(r" \\times ", text).replace("**", "^")
 
@@ -67,7 +69,7 @@ _DOTTED = r"[1-9]\d{0,2}(?:\.\d{3}){2,}(?![\d.])"
 # The same with separators that inside brackets divide items.
 _OPEN_GROUPS = re.compile(rf"[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:\ \d{{3}})+)(?!\d)(?:\.\d+)?{_EXPONENT}", re.ASCII)
 
-_TEXT_COMMANDS = "text(?:bf|it|rm|normal|sf)?|mbox|hbox|math(?:rm|bf|sf|it|cal|bb)|operatorname\\*?"
+_TEXT_COMMANDS = "text(?:bf|it|rm|normal|sf)?|mbox|hbox|math(?:rm|bf|sf|it|cal|bb)|boldsymbol|bm|operatorname\\*?"
 _TOKEN = re.compile(
   rf"""
   (?P<space>(?:\s|\\[,;:!>\ ]|~|\\q?quad(?![A-Za-z]))+)
@@ -90,7 +92,7 @@ _CURRENCIES = {
 # Commands that read as signs.
 _AS_SIGNS = {
   "cdot": "*", "times": "*", "ast": "*", "div": "/", "colon": ":", "vert": "|", "mid": "mid", "lbrack": "[",
-  "rbrack": "]", "prime": "'", "{": "{{", "}": "}}", "%": "%", "\\": "\\\\",
+  "rbrack": "]", "lbrace": "{{", "rbrace": "}}", "prime": "'", "{": "{{", "}": "}}", "%": "%", "\\": "\\\\",
   "lt": "<", "gt": ">", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=",
   "ne": "!=", "neq": "!=", "in": "in", "approx": "~", "simeq": "~", "cup": "cup", "setminus": "setminus",
   "backslash": "setminus", "pm": "pm", "mp": "mp",

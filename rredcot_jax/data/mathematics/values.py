@@ -220,6 +220,25 @@ def rounds_to(value: Fraction, decimal: Fraction, digits: int) -> bool:
   return abs(distance) <= unit / 2 or (0 < distance < unit if decimal > 0 else -unit < distance < 0)
 
 
+def shows_period(value: Fraction, digits: int) -> bool:
+  """Whether `digits` significant digits of a fraction show the period of its expansion twice.
+
+  Then they are a spelling of the fraction, as 0.333333 is of 1/3. Otherwise they may be those of a number nearby.
+  False for 0.
+  """
+  if value == 0:
+    return False
+  scaled = value / Fraction(10) ** _magnitude(value)  # One digit before the point.
+  rest, before = scaled.denominator, 0  # Digits after the point before the period.
+  while (shared := math.gcd(rest, 10)) > 1:
+    rest, before = rest // shared, before + 1
+  # The period is the least n with 10^n = 1 modulo `rest`.
+  remainder, period = 10 % rest, 1
+  while remainder != 1 % rest and before + 2 * period <= digits:
+    remainder, period = 10 * remainder % rest, period + 1
+  return before + 2 * period <= digits
+
+
 def _magnitude(value: Fraction) -> int:
   """The largest n with 10^n <= |value|, for a value other than 0."""
   power = len(str(abs(value.numerator))) - len(str(value.denominator))
