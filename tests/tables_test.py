@@ -269,14 +269,10 @@ def test_credit_in_chunks_joins_them_and_leaves_compiling_out_of_the_time():
         generated_tokens=5, flops=7.0, covered=1.0 if first else 0.25,
       )  # fmt: skip
 
-  found = tables.credit_in_chunks(Engine(), "monte_carlo", traces_without_cache(traces), jax.random.key(0), 2)
+  found = tables.credit_in_chunks(Engine(), "monte_carlo", traces, jax.random.key(0), 2)
   assert found.rewards[:, 0].tolist() == [0, 1, 2, 3, 4] and found.values[:, 0].tolist() == [1, 2, 3, 4, 5]
   assert (found.seconds, found.forward_tokens, found.generated_tokens, found.flops) == (6, 9, 15, 21)
   assert found.covered == 0.5 and len({tuple(key) for key in keys}) == 3
-
-
-def traces_without_cache(traces):
-  return dataclasses.replace(traces, cache=jnp.zeros((1, len(traces.returns))))
 
 
 def test_json_has_no_nan():
