@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import tiny_config
 
-from rredcot_jax.credit import assigner, monte_carlo, source
+from rredcot_jax.credit import assigner, likelihood, monte_carlo, source
 from rredcot_jax.credit.sources import SOURCES
 from rredcot_jax.data import batching, judging
+from rredcot_jax.model import scoring
 from rredcot_jax.ops import advantages, banks, types, values
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train.experiment import Experiment
@@ -163,7 +165,7 @@ def test_the_cases_hold_every_choice():
 def test_token_forwards_by_hand():
   whole = 4 * (P + T + S)
   expected = {
-    "scoring": 4 * K * S, "leave_one_out": (K + 1) * whole, "gradient_x_input": 3 * whole,
+    "scoring": 4 * K * S, "calibrated": 4 * K * S, "leave_one_out": (K + 1) * whole, "gradient_x_input": 3 * whole,
     "integrated_gradients": 3 * 2 * whole, "attention": whole, "attention_rollout": whole, "value_head": 4 * (P + T),
   }  # fmt: skip
   modes = {"attention": "magnitude", "attention_rollout": "magnitude", "value_head": "difference"}
@@ -172,6 +174,71 @@ def test_token_forwards_by_hand():
     for name in expected
   }
   assert counts == expected and {*expected, "monte_carlo"} == set(SOURCES)
+
+
+def test_values_are_the_configured_form_at_the_sampling_temperature_of_the_configured_tokens():
+  config = config_with(source="scoring", mode="difference", bank="answer", scored="body", form="length_normalised")
+  config.rollout.temperature = 0.7
+  experiment, _, traces = batch()
+  assigned = assign(config)
+  bank = Experiment(config).setting.make_bank(traces).completions
+  exits = len(experiment.codec.exit_ids)
+  assert not bank.scored[..., :exits].any() and bank.scored[..., exits].any() and bank.mask[..., 0].any()
+  log_p = scoring.score_with_cache(
+    traces.params, experiment.model, traces.cache, traces.rollout, traces.segments, bank, temperature=0.7,
+    chunk_size=None,
+  )  # fmt: skip
+  of_trace = jax.vmap(functools.partial(values.estimate_values, form="length_normalised"))
+  expected, _ = of_trace(log_p, bank.utilities, bank.log_q, bank.valid, bank.scored.sum(axis=-1))
+  decided = np.asarray(traces.segments.after_exit) & ~bank.valid.any(axis=-1)
+  some = np.asarray(traces.segments.mask) & ~decided
+  np.testing.assert_allclose(np.asarray(assigned.credit.values)[:, :-1][some], np.asarray(expected)[some], rtol=1e-4)
+  assert some.sum() > 4 and np.asarray(expected)[some].min() > 0
+
+
+def test_a_state_after_the_exit_without_a_completion_has_its_traces_return():
+  segments = types.Segments(
+    ends=np.array([[2, 5, 7], [2, 5, 7]]), segment_ids=None, num_segments=np.array([3, 3]), num_merged=np.zeros(2, int),
+    thought_end=np.array([3, 3]),
+  )  # fmt: skip
+  valid = np.array([[[True], [False], [False]], [[True], [False], [True]]])
+  bank = types.Completions(tokens=None, mask=None, scored=None, utilities=None, log_q=None, valid=valid)
+  estimated = np.full((2, 3), 0.25, np.float32)
+  found, sizes = likelihood.where_decided(estimated, np.full((2, 3), 4.0), segments, bank, np.array([1.0, 0.5]))
+  np.testing.assert_array_equal(found, [[0.25, 0.25, 1.0], [0.25, 0.25, 0.25]])
+  np.testing.assert_array_equal(sizes, [[4, 4, 1], [4, 4, 4]])
+
+
+def test_a_bank_is_made_with_the_options_of_the_setting():
+  _, _, traces = batch()
+  make = lambda **options: Experiment(config_with(source="scoring", mode="difference", **options)).setting.make_bank(
+    traces
+  )
+  plain, normalised = (make(bank="rollouts", form=form).completions for form in ("plain", "self_normalised"))
+  assert (plain.utilities[plain.valid] > 0).all()
+  assert (normalised.utilities[normalised.valid] == 0).any()  # The failures of the group.
+  # A group with a success offers it to both of its rows; each group has its own.
+  assert plain.valid[:2].any(axis=(1, 2)).all() and not plain.valid[2:].any()
+  short = make(bank="answer", max_completion_tokens=2)
+  assert short.num_dropped > 1
+  metrics = source.bank_metrics(batch()[0].setting, short)
+  assert int(metrics["dropped_completions"]) == short.num_dropped and float(metrics["fallback_rows"]) == 1
+  size = dataclasses.replace(batch()[0].setting, bank=source.BankOptions("rollouts", max_tokens=S, size=3))
+  assert size.make_bank(traces).completions.valid.shape[2] == 3
+
+
+def test_a_task_that_does_not_say_so_is_not_aligned(monkeypatch):
+  experiment, _, traces = batch()
+  asked = []
+  reference = type(experiment.codec).reference
+  monkeypatch.setattr(
+    type(experiment.codec), "reference",
+    lambda self, example, *, aligned: asked.append(aligned) or reference(self, example, aligned=aligned),
+  )  # fmt: skip
+  for task, expected in ((experiment.train_task, True), (SimpleNamespace(), False)):
+    dataclasses.replace(experiment.setting, task=task).make_bank(traces)
+    assert set(asked) == {expected}
+    asked.clear()
 
 
 def test_monte_carlo_credit_is_the_estimate_of_its_key():
@@ -268,6 +335,21 @@ def test_the_sources_metrics_and_state_are_passed_on_and_summarised():
   assert float(assigned.metrics["covered_states"]) == pytest.approx(4 / states)
   assert float(assigned.metrics["effective_sample_size"]) == pytest.approx(12 / states)
   assert float(assigned.metrics["initial_value"]) == pytest.approx(0.25)
+
+
+def test_the_rules_options_reach_rewards_and_uniform_credit():
+  segments, mask = batch()[2].segments, np.asarray(batch()[2].rollout.mask)
+  rewards = jnp.where(segments.mask, jnp.arange(1.0, 5)[None], 0)
+  rows = jnp.ones(4, bool)
+  # All of a row's credit is uniform where the floor is 1.
+  spread = of(source.Found(rewards=rewards), mode="magnitude", floor=1.0).advantages
+  np.testing.assert_allclose(spread, mask * OUTCOMES[:, None], atol=1e-4)
+  # Half of the difference of a group of two is its standard deviation.
+  for found in (source.Found(rewards=rewards, uniform_rows=rows), source.Found(values=rewards, uniform_rows=rows)):
+    unscaled = of(found, mode="signed", advantage_scale="none").advantages
+    np.testing.assert_allclose(unscaled, 0.5 * mask * OUTCOMES[:, None], atol=1e-5)
+  plain = assigner.uniform_advantages(mask, RETURNS, rule=assigner.Rule(GROUP, baseline="none", advantage_scale="none"))
+  np.testing.assert_array_equal(plain, mask * RETURNS[:, None])
 
 
 def test_a_source_may_credit_tokens_itself():

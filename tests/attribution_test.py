@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ import pytest
 from helpers import FAMILIES, params_of, plain
 
 from rredcot_jax import token_advantages
-from rredcot_jax.credit import attention, attribution, input_gradients, leave_one_out
+from rredcot_jax.credit import attention, attribution, input_gradients, leave_one_out, source
 from rredcot_jax.credit.sources import SOURCES
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.ops import types
+from rredcot_jax.ops import banks, types
 
 CONFIG = dataclasses.replace(FAMILIES["qwen3"], vocab_size=23)  # Untied: a row of the table is an input alone.
 B, P, T, K, S = 4, 4, 9, 4, 4
@@ -452,6 +453,49 @@ def test_every_attribution_is_a_source():
     kind, (function, _) = SOURCES[name], FUNCTIONS[name]
     defaults = [inspect.signature(one).parameters["space"].default for one in (kind.__init__, function)]
     assert defaults == [kind.default_space] * 2
+
+
+def test_the_base_class_says_what_a_method_has_to_have():
+  with pytest.raises(TypeError, match=r"abstract.*attribute.*forward_passes"):
+    attribution.Attribution(setting_of())
+
+
+def setting_of(make_bank=None, chunk_size=None):
+  """As much of `source.Setting` as an attribution reads."""
+  return SimpleNamespace(
+    model=CONFIG, temperature=TEMPERATURE, chunk_size=chunk_size, make_bank=make_bank, put=lambda tree: tree,
+    codec=SimpleNamespace(exit_ids=list(EXIT)),
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    ("leave_one_out", {"space": "log"}), ("leave_one_out", {}), ("gradient_x_input", {"space": "probability"}),
+    ("integrated_gradients", {"space": "probability", "steps": 3}), ("attention", {}), ("attention_rollout", {}),
+  ],
+)  # fmt: skip
+def test_a_source_gives_the_credit_of_its_function_with_its_options(name, options):
+  """Of the last completion of each thought, among those of all states; a row without one has no sample behind it."""
+  params, rollout, segments, completions = case()
+  segments = dataclasses.replace(segments, thought_end=jnp.asarray([5, 5, 9, 0]))
+  last = np.maximum((np.asarray(segments.mask) & ~np.asarray(segments.after_exit)).sum(axis=1) - 1, 0)
+  assert last.max() > 1
+  own = (np.arange(K) == last[:, None])[:, :, None]
+  each = jax.tree.map(
+    lambda x: np.where(own.reshape(B, K, *[1] * (x.ndim - 2)), x, x[::-1]), jax.device_get(completions)
+  )
+  each = dataclasses.replace(each, valid=each.valid & (np.arange(B) != 1)[:, None, None])
+  fallback = np.array([False, True, False, False])
+  bank = banks.Bank(each, fallback, 0)
+  method = SOURCES[name](setting_of(make_bank=lambda batch: bank), **options)
+  batch = source.Batch(params, None, rollout, segments, np.zeros(B, np.float32), [None] * B, None)
+  found = method.assign(batch)
+  expected = np.where((np.arange(B) == 1)[:, None], 0, credit(name, **options))
+  np.testing.assert_allclose(found.rewards, expected, rtol=1e-3, atol=1e-6)
+  assert (np.asarray(found.rewards)[[0, 2]] != 0).any(axis=1).all()
+  np.testing.assert_array_equal(found.sample_sizes, np.asarray(segments.mask) & (np.arange(B) != 1)[:, None])
+  np.testing.assert_array_equal(found.uniform_rows, bank.uniform_rows)
 
 
 # A language model small enough to enumerate: a Markov chain in which every state's value is known.

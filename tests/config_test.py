@@ -84,6 +84,18 @@ def test_the_model_section_is_what_a_model_is_made_of():
   assert set(config.model.rope_scaling) == names(RopeScaling)
 
 
+def test_the_default_is_grpo_as_published_and_nothing_else_is_on():
+  config = config_lib.default_config()
+  assert config.rollout.to_dict().items() >= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}.items()
+  assert config.advantages.to_dict() == {"baseline": "mean", "scale": "std"} and config.credit.mode == "uniform"
+  assert config.credit.floor == 0 and config.credit.state_baseline and config.credit.initial_value == "baseline"
+  assert config.loss.to_dict() == {
+    "name": "grpo", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 0.0, "kl": "off", "kl_coefficient": 0.0,
+    "mask_truncated": False, "non_finite": "stop", "updates_per_rollout": 1,
+  }  # fmt: skip
+  assert config.optimizer.weight_decay == 0 and config.compute.dtype == "float32"
+
+
 def test_unknown_key_offers_the_nearest():
   config = config_lib.default_config()
   with pytest.raises((AttributeError, KeyError), match='Did you mean "learning_rate"'):

@@ -18,6 +18,7 @@ from rredcot_jax.model import decoder, export, huggingface, sampling
 from rredcot_jax.model.config import SIZES, ModelConfig
 from rredcot_jax.model.tokenizer import load_tokenizer
 from rredcot_jax.report import records
+from rredcot_jax.study import estimators
 from rredcot_jax.train import config as config_lib
 from rredcot_jax.train import initial, loop, preflight, train_step, validation
 from rredcot_jax.train import workdir as workdir_lib
@@ -130,6 +131,35 @@ def test_tasks_know_their_options(name):
       inspect.signature(kinds[kind]).bind(*([corpus] if corpus else []), **options)
       if kind == "dataset":
         assert corpus in datasets.SCHEMAS and (split == "eval" or datasets.SCHEMAS[corpus].train_file)
+
+
+@pytest.mark.parametrize("name", ["demo", "chain_comparison"])
+def test_the_room_of_a_completion_is_that_of_the_longest(name):
+  compared = set()
+  for arg, config in configs(name):
+    bank = config.credit.bank
+    if "method=rredcot" not in arg or bank in compared:
+      continue
+    compared.add(bank)
+    experiment = Experiment(config)
+    references = [experiment.codec.reference(experiment.train_task[i]) for i in range(50)]
+    rooms = estimators.completion_rooms(references, config.rollout.max_tokens)
+    assert config.credit.max_completion_tokens == rooms[bank]
+  assert len(compared) >= 4
+
+
+def test_the_comparison_is_at_equal_rollouts_and_only_action_value_has_no_baseline():
+  for arg, config in configs("chain_comparison"):
+    assert config.rollout.prompts_per_step * config.rollout.group_size == 16
+    assert config.credit.state_baseline == ("action_value" not in arg)
+    mode = arg.partition("mode=")[2] or "uniform"
+    assert config.credit.mode == ("difference" if mode == "action_value" else mode)
+    assert (config.advantages.baseline == "none") == (arg == "method=reinforce")
+
+
+def test_each_method_of_the_demo_has_the_rate_that_was_best_for_it():
+  rates = {method: load("demo").get_config(method).optimizer.learning_rate for method in ("rredcot", "grpo")}
+  assert rates == {"rredcot": 3e-4, "grpo": 2e-4}  # docs/results.md
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,11 +1,13 @@
 """Prompts: what goes around a question, and that nothing in the question becomes part of it."""
 
+import numpy as np
 import pytest
 import transformers
 
 from rredcot_jax.data import tasks
-from rredcot_jax.data.encoding import Codec
+from rredcot_jax.data.encoding import Codec, Layout
 from rredcot_jax.model.tokenizer import load_tokenizer
+from rredcot_jax.ops import segmentation
 from rredcot_jax.train import initial
 
 CHATML = (
@@ -85,3 +87,32 @@ def test_vocabulary_tables_are_made_once():
   codec = Codec(load_tokenizer(initial.locate("gsm_symbolic")))
   assert isinstance(codec.tokenizer, transformers.PreTrainedTokenizerFast)
   assert codec.tables is codec.tables and codec.exit_table is codec.exit_table
+
+
+def test_a_response_is_written_and_read_as_the_layout_says():
+  tokenizer = tokenizer_with(None)
+  end, pad, marker = (tokenizer.convert_tokens_to_ids(token) for token in ("<eos>", "<pad>", "</think>"))
+  codec = Codec(tokenizer, layout=Layout("\n</think>\n\n", "\\boxed{%s}"), end_ids=(end, pad))
+  assert codec.decode(codec.exit_ids) == "\n</think>\n\n" and codec.exit_ids.count(marker) == 1
+  question = tasks.Example("2+3?", ("2+3=5\n",), "5", solutions=(("3+2=5\n", "5\n"),))
+  assert codec.decode(codec.answer_ids(question)) == "\\boxed{5}<eos>"
+  reference = codec.reference(question)
+  assert [[codec.decode(ids) for ids in steps] for steps in (reference.steps, *reference.solutions)] == [
+    ["2+3=5\n"], ["3+2=5\n", "5\n"],
+  ]  # fmt: skip
+  assert codec.decode(reference.exit + reference.answer) == "\n</think>\n\n\\boxed{5}<eos>"
+  ids = codec.trace_ids(tasks.Trace(steps=("2+3=5\n", "5\n"), answer="5", solution=("So 5.\n",)))
+  text = "2+3=5\n5\n\n</think>\n\nSo 5.\n\\boxed{5}"
+  assert codec.decode(ids) == text + "<eos>" and ids[-1] == end
+  # Verifiers read none of the tokens that end a trace.
+  assert codec.response(ids) == codec.response([*ids[:-1], pad]) == text
+  # They look for "</think>", whatever the model writes in its place, and only the first of them is an exit.
+  other = Codec(tokenizer, layout=Layout("</thought>"))
+  written = other.tokenizer.encode("a</thought>b</thought>c", add_special_tokens=False)
+  assert other.response(written) == "a</think>b</thought>c"
+
+
+def test_keywords_are_known_in_both_spellings_that_open_a_word():
+  codec = Codec(tokenizer_with(None))
+  known = [codec.decode(row[row >= 0]) for row in np.asarray(codec.tables.keywords)]
+  assert {*segmentation.KEYWORDS} | {" " + word for word in segmentation.KEYWORDS} == set(known)

@@ -152,6 +152,36 @@ def test_train_evaluates_the_same_traces(whole):
   assert result["eval/truncated"] == pytest.approx(figures["truncated"], abs=1e-6)
 
 
+def test_batches_of_one_prompt_are_drawn_apart():
+  """Sixteen samples of a prompt in two batches: the second does not repeat the first."""
+  experiment = Experiment(tiny())
+  start_key, eval_key = jax.random.split(jax.random.key(0))
+  first, second = evaluation.judged_batches(
+    experiment.start_params(start_key), experiment.model, experiment.held_out, experiment.codec, experiment.mesh,
+    eval_key, num_prompts=1, samples=16, rows=8, max_prompt_tokens=18, **experiment.sampling_options,
+  )  # fmt: skip
+  assert [one.sample for one in (*first, *second)] == list(range(16))
+  drawn = lambda batch: [(one.answer, one.length) for one in batch]
+  assert drawn(first) != drawn(second)
+
+
+def test_pass_at_k_is_of_a_prompts_samples_and_needs_full_rewards(monkeypatch):
+  rewards = [[1.0, 1.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+  judged = [
+    evaluation.Judged(p, s, "1", reward, length=1 + s, truncated=s == 0)
+    for p, row in enumerate(rewards)
+    for s, reward in enumerate(row)
+  ]
+  monkeypatch.setattr(evaluation, "judged_batches", lambda *args, **options: iter([judged[:5], judged[5:]]))
+  found = evaluation.evaluate(None, None, None, None, None, None, num_prompts=3, samples=4)
+  error = lambda x: np.std(x, ddof=1) / np.sqrt(3)
+  assert found == {
+    "eval/pass@1": pytest.approx(1 / 4), "eval/pass@1_se": pytest.approx(error([0.5, 0, 0.25])),
+    "eval/pass@4": pytest.approx(2 / 3), "eval/pass@4_se": pytest.approx(error([1, 0, 1])), "eval/length": 2.5,
+    "eval/truncated": 0.25,
+  }  # fmt: skip
+
+
 def test_traces_are_sampled_in_the_layout_of_rollouts(whole, tmp_path, monkeypatch):
   """In bfloat16 as well: what is sampled with are parameters rounded and placed as in training."""
   config, seen = tiny(), set()
@@ -224,6 +254,8 @@ def test_what_fills_the_last_batch_up_is_left_out(whole, tmp_path, monkeypatch):
   (last,) = rollouts
   answers = list(map(verifiers.answer_of, Experiment(tiny()).codec.responses(last)))
   assert [json.loads(line)["answer"] for line in lines[17:]] == answers[:2]
+  # The token that ends a trace is one of its tokens.
+  assert [json.loads(line)["length"] for line in lines[17:]] == last.mask.sum(axis=1)[:2].tolist()
   assert len(set(answers)) > 1  # All eight rows are of one prompt.
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from rredcot_jax.credit.source import Batch
 from rredcot_jax.data import batching
+from rredcot_jax.model import sampling
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train import loop
 from rredcot_jax.train.config import default_config
@@ -72,13 +73,23 @@ def metrics_of(workdir: pathlib.Path) -> list[dict]:
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_source_a_task_and_a_segmentation_train_together(tmp_path):
+def test_a_source_a_task_and_a_segmentation_train_together(tmp_path, monkeypatch):
   config = config_with("A source of credit", "A task", "A segmentation")
+  rollouts, sample = [], sampling.sample
+
+  def watched(*args, **kwargs):
+    rollout, cache = sample(*args, **kwargs)
+    rollouts.append(jax.device_get(rollout))
+    return rollout, cache
+
+  monkeypatch.setattr(sampling, "sample", watched)
   assert loop.run(config, tmp_path / "run")
   step = next(line for line in metrics_of(tmp_path / "run") if "train/loss" in line)
   assert np.isfinite(step["train/loss"])
-  # Traces fill 24 tokens with three segments of ten, or end earlier with fewer.
-  assert 1 <= step["train/segments"] <= 3
+  # The traces of the step, between those of two evaluations, are cut as the page says.
+  _, rollout, _ = rollouts
+  counts = Experiment(config).rollout_steps.segment(jax.tree.map(jax.numpy.asarray, rollout)).num_segments
+  assert step["train/segments"] == pytest.approx(float(np.mean(counts))) and step["train/segments"] > 1
 
 
 def test_the_source_gives_the_last_segment_its_strength_and_nothing_to_the_others(tmp_path):

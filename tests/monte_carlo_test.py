@@ -358,6 +358,21 @@ def test_terminal_values_are_the_returns_and_missing_states_are_masked():
   assert np.isnan(estimate(k=1).standard_errors[0, 0])
 
 
+def test_errors_and_successes_by_hand():
+  rewards = np.array([[[1.0, 0.5, 0.0, 0.0]], [[1.0, 1.0, 1.0, 0.0]]], np.float32)
+  result = monte_carlo.MonteCarloValues(rewards, np.zeros(2, np.float32), np.ones(2, np.int32), 0, 0, 0, 0.0, 0.0)
+  np.testing.assert_allclose(result.standard_errors[:, 0], rewards[:, 0].std(axis=1, ddof=1) / 2, rtol=1e-6)
+  assert result.successes.tolist() == [[1], [3]]  # A part of the reward is no success.
+
+
+def test_the_cost_of_a_round_is_its_steps_by_the_slots_of_all_rows():
+  params, *rest = tiny()
+  _, steps = continuations.generate_from_states(
+    params, TINY, *rest, jax.random.key(3), k=2, chunk_size=4, **TINY_OPTIONS
+  )
+  assert estimate(k=2, chunk_size=4).computed_tokens == int(steps) * 2 * 4
+
+
 def test_values_redistribute_to_vineppo_advantages():
   _, _, _, segments = tiny()
   result = estimate(k=6)

@@ -40,7 +40,7 @@ def config_with(name, mode, **options):
 def test_every_named_class_of_the_package_is_built_in():
   assert set(sources.SOURCES) == {
     "scoring", "monte_carlo", "leave_one_out", "gradient_x_input", "integrated_gradients", "attention",
-    "attention_rollout", "value_head",
+    "attention_rollout", "value_head", "calibrated",
   }  # fmt: skip
   for name, kind in sources.SOURCES.items():
     assert sources.source_class(name) is kind and kind.name == name

@@ -108,6 +108,7 @@ def test_the_summary_draws_agreement_localisation_and_variance(result):
   assert c.get_xlabel() == "% of 12 failed traces" and c.get_title(loc="left").endswith("first wrong step")
   dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in d.lines if line.get_marker() == "o"]
   assert dots == [(1.0, 0), (0.5, 1)] and d.get_xscale() == "log"
+  assert [line.get_xdata()[0] for line in d.lines if line.get_linestyle() == "--"] == [1]  # GRPO.
 
 
 def test_a_summary_without_a_ceiling_deciles_or_gradients_says_so(result):

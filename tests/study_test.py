@@ -1,8 +1,10 @@
 """The credit study: its statistics against what is known exactly, and the script from prompts to a page."""
 
+import dataclasses
 import functools
 import html.parser
 import json
+from types import SimpleNamespace
 
 import credit_study
 import jax
@@ -13,12 +15,13 @@ import scipy.stats
 from helpers import FAMILIES, params_of
 
 from rredcot_jax.credit import monte_carlo
-from rredcot_jax.data import batching, tasks
+from rredcot_jax.credit.source import BankOptions, Found, Setting
+from rredcot_jax.data import batching, judging, tasks
 from rredcot_jax.data.chain import make_example
 from rredcot_jax.data.encoding import Codec
 from rredcot_jax.model import scoring
 from rredcot_jax.model.tokenizer import load_tokenizer
-from rredcot_jax.ops import types
+from rredcot_jax.ops import banks, types
 from rredcot_jax.study import agreement, estimators, gradients, ground_truth
 from rredcot_jax.study import page as study_page
 from rredcot_jax.train import config as config_lib
@@ -42,6 +45,8 @@ def test_calibration_error_by_hand():
   estimate, truth = np.array([0.1, 0.2, 0.8, 0.9]), np.array([0.4, 0.1, 0.6, 0.7])
   assert agreement.calibration_error(estimate, truth, bins=2) == pytest.approx((0.1 + 0.2) / 2)
   assert agreement.mean_absolute_error(estimate, truth) == pytest.approx(0.2)
+  # An estimate that is an edge belongs to the upper bin.
+  assert agreement.calibration_error(np.array([0, 1, 1.0]), np.full(3, 0.5), bins=2) == pytest.approx(0.5)
   # Equal estimates are one bin, whatever the number of bins.
   assert agreement.calibration_error(np.zeros(6), np.array([0, 0, 0, 1, 1, 1.0])) == pytest.approx(0.5)
 
@@ -178,10 +183,179 @@ def test_wrong_steps_stated_answers_and_shared_states():
   np.testing.assert_array_equal(ground_truth.first_wrong_segments(task, codec, traces), [-1, 1, 0, -1])
   stated = ground_truth.answer_stated(task, codec, traces)
   np.testing.assert_array_equal(stated[:2, :3], [[False, False, True]] * 2)
+  # Once the thought is left, the answer is stated, whatever the thought had come to.
+  left = traces_with(["</think>\n9"], [example], codec, [1])
+  np.testing.assert_array_equal(ground_truth.answer_stated(task, codec, left)[0, :2], [False, True])
+  # Cut within a line: the segment of the first token that differs from the reference's line.
+  tokens = np.arange(traces.rollout.tokens.shape[1]) // 2
+  fine = dataclasses.replace(
+    traces, segments=dataclasses.replace(traces.segments, segment_ids=np.where(traces.rollout.mask, tokens, -1))
+  )
+  np.testing.assert_array_equal(ground_truth.first_wrong_segments(task, codec, fine), [-1, 5, 2, -1])
   states = ground_truth.States()
   of = states.of_segments(traces, [0, 0, 0, 1], range(4))
   # Both first traces share two states, the third the prompt; the last has another prompt.
   np.testing.assert_array_equal(of[:, :3], [[0, 1, 2], [0, 1, 3], [0, 4, 5], [6, 7, -1]])
+
+
+# ---- Ground truth ------------------------------------------------------------------------
+
+
+def test_a_states_value_error_and_halves_are_of_its_own_samples():
+  samples = [np.array([1, 1, 1, 1], np.float32), np.array([0, 1, 0, 0, 0, 1, 0, 0], np.float32)]
+  truth = ground_truth.GroundTruth(samples, 0, 0, 0.0)
+  np.testing.assert_array_equal(truth.values, [1, 0.25])
+  # Laplace's rule: 5 of 6 and 3 of 10, so that 4 of 4 is not certain.
+  np.testing.assert_allclose(truth.standard_errors, [np.sqrt(5 / 36 / 4), np.sqrt(0.3 * 0.7 / 8)])
+  splits = set()
+  for seed in range(9):
+    first, second = truth.halves(np.random.default_rng(seed))
+    np.testing.assert_allclose((first + second) / 2, truth.values)
+    splits.add((first[1], second[1]))
+  assert len(splits) > 1
+
+
+def test_every_state_is_valued_by_samples_of_its_own_that_no_round_repeats(tmp_path, monkeypatch):
+  """Three rounds over two chunks of traces, the sampler replaced by one whose rewards say what they were asked for."""
+  tokens = np.array([[1, 2, 3, 4], [1, 2, 5, 6], [7, 8, 9, 9], [1, 2, 5, 5]], np.int32)
+  mask = np.ones((4, 4), bool)
+  segments = types.Segments(
+    ends=np.array([[2, 3, 4], [2, 4, 4], [1, 4, 4], [2, 3, 4]], np.int32), segment_ids=None,
+    num_segments=np.array([3, 2, 2, 3], np.int32), num_merged=np.zeros(4, np.int32),
+  )  # fmt: skip
+  rollout = types.Rollout(tokens[:, :1], mask[:, :1], tokens, mask, mask, mask, mask, np.zeros(4, bool))
+  traces = estimators.Traces(rollout, np.zeros((1, 4)), segments, np.zeros(4, np.float32), list("pppp"))
+  states = ground_truth.States()
+  of = states.of_segments(traces, [0, 0, 1, 0], range(4))
+  assert of.tolist() == [[0, 1, 2], [0, 1, -1], [3, 4, -1], [0, 1, 5]]
+  keys, seen = {}, []
+
+  def sampler(params, model, cache, rollout, cut, returns, key, judge, *, k, first_sample, **options):
+    keys.setdefault(tuple(jax.random.key_data(key).tolist()), []).append(first_sample)
+    starts, rows = np.asarray(cut.starts), np.arange(len(returns))
+    rewards = np.zeros((*starts.shape, k), np.float32)
+    for row in rows:
+      for state in range(int(cut.num_segments[row])):
+        prefix = rollout.tokens[row, : starts[row, state]].tolist()
+        seen.append((int(rollout.prompt_tokens[row, 0]), tuple(prefix)))
+        rewards[row, state] = [1000 * sum(prefix) + first_sample + i for i in range(k)]
+    counts = np.asarray(cut.num_segments)
+    return monte_carlo.MonteCarloValues(rewards, returns, counts, 10, 20, 1, 0.0, 0.5)
+
+  monkeypatch.setattr(monte_carlo, "values_by_generation", sampler)
+  monkeypatch.setattr(judging, "judge_of", lambda *_: None)
+  setting = SimpleNamespace(model=None, task=None, codec=None, generation={})
+  engine = SimpleNamespace(params=None, setting=setting)
+  measure = functools.partial(
+    ground_truth.measure, engine, traces, states, jax.random.key(0), tmp_path, samples=6, samples_per_round=2,
+    rows_at_once=2, slots=4,
+  )  # fmt: skip
+  truth = measure()
+  sums = [0, 3, 6, 0, 7, 8]
+  assert [sorted(set(each.tolist())) for each in truth.samples] == [[1000 * x + i for i in range(6)] for x in sums]
+  assert sorted(keys.values()) == [[0, 2, 4], [0, 2, 4]]  # A key for each chunk of traces.
+  assert (truth.generated_tokens, truth.computed_tokens, truth.seconds) == (60, 120, 3.0)
+  asked = len(seen)
+  again = measure()
+  assert len(seen) == asked and all(map(np.array_equal, again.samples, truth.samples))
+  assert again.generated_tokens == 60
+  with pytest.raises(ValueError, match=r"truth_samples=5 must be a multiple of study\.samples_per_round=2"):
+    measure(samples=5)
+
+
+# ---- Estimators --------------------------------------------------------------------------
+
+
+def engine_of(found=None, group_size=2):
+  """An engine whose sources give what they are told to."""
+  setting = Setting(None, None, None, group_size, {"temperature": 1.0, "max_tokens": 6})
+  room = dict.fromkeys(("answer", "solution", "suffix", "solutions", "rollouts", "own"), 7) | {"suffix": 9}
+  engine = estimators.Estimators({}, setting, room, {"monte_carlo": {"samples": 5}})
+  if found is not None:
+    engine.source = lambda name: SimpleNamespace(assign=lambda batch: found, count_flops=lambda batch: 11.0)
+    engine.decode_flops = lambda traces: 3.0
+  return engine
+
+
+def ragged():
+  mask = np.arange(6) < np.array([6, 3, 5, 6])[:, None]
+  segments = types.Segments(
+    ends=np.array([[2, 4, 6], [1, 3, 3], [2, 3, 5], [6, 6, 6]], np.int32), segment_ids=None,
+    num_segments=np.array([3, 2, 3, 1], np.int32), num_merged=np.zeros(4, np.int32),
+  )  # fmt: skip
+  rollout = types.Rollout(*[np.arange(4)[:, None]] * 2, np.arange(24).reshape(4, 6), mask, mask, mask, mask, mask[:, 0])
+  cache = np.arange(8).reshape(2, 4)
+  return estimators.Traces(rollout, cache, segments, np.array([1, 0, 0, 0], np.float32), list("abcd"))
+
+
+def test_some_of_the_traces_are_those_rows_of_everything():
+  some = ragged().rows(np.array([2, 0]))
+  assert some.rollout.tokens[:, 0].tolist() == [12, 0] and some.num_segments.tolist() == [3, 3]
+  assert some.cache.tolist() == [[2, 0], [6, 4]] and some.returns.tolist() == [0, 1] and some.examples == ["c", "a"]
+
+
+def test_a_method_is_its_source_with_a_bank_of_its_own():
+  engine = engine_of(group_size=4)
+  scored = engine.source("rredcot_own_self_normalised").setting.bank
+  assert scored == BankOptions("own", max_tokens=7, form="self_normalised", size=4)
+  assert engine.source("rredcot_suffix").setting.bank == BankOptions("suffix", max_tokens=9, size=4)
+  assert engine.source("monte_carlo")._samples == 5 and engine.source("monte_carlo").setting.bank.name == "answer"
+
+
+def test_controls_by_hand():
+  engine, traces = engine_of(), ragged()
+  uniform = engine.credit("grpo", traces, jax.random.key(0))
+  # The group's outcome, evenly over the segments that there are.
+  np.testing.assert_allclose(uniform.rewards, [[1 / 6] * 3, [-1 / 4, -1 / 4, 0], [0] * 3, [0] * 3], rtol=1e-6)
+  noise = engine.credit("random", traces, jax.random.key(0)).rewards
+  exists = np.asarray(traces.segments.mask)
+  assert (noise[~exists] == 0).all() and len(set(noise[exists].tolist())) == exists.sum()
+  assert uniform.values is None and uniform.flops == uniform.forward_tokens == 0
+
+
+def test_an_estimate_is_redistributed_and_counts_what_exists():
+  traces = ragged()
+  values = jnp.asarray([[0.5, 0.75, 0.25], [0.5, 0.25, 9], [0.5, 0.5, 0.5], [0.25, 9, 9]])
+  sizes = jnp.asarray([[1, 1, 0], [1, 0, 1], [1, 1, 1], [0, 1, 1]])
+  scored = engine_of(Found(values=values, sample_sizes=sizes, token_forwards=40))
+  found = scored.credit("rredcot_suffix", traces, jax.random.key(0))
+  np.testing.assert_allclose(found.rewards, [[0.25, -0.5, 0.75], [-0.25, -0.25, 0], [0, 0, -0.5], [-0.25, 0, 0]])
+  np.testing.assert_array_equal(found.values, np.where(np.asarray(traces.segments.mask), values, 0))
+  assert (found.covered, found.forward_tokens, found.generated_tokens, found.flops) == (6 / 9, 40, 0, 11)
+  sampled = engine_of(Found(values=values, token_forwards=40, generated_tokens=30))
+  found = sampled.credit("monte_carlo", traces, jax.random.key(0))
+  assert (found.forward_tokens, found.generated_tokens, found.flops, found.covered) == (0, 30, 120, 1)
+  given = engine_of(Found(rewards=values, token_forwards=40)).credit("attention", traces, jax.random.key(0))
+  assert given.values is None and given.covered == 1
+  np.testing.assert_array_equal(given.rewards, values)
+
+
+def test_calibration_leaves_what_the_return_decides():
+  traces = ragged()
+  traces = dataclasses.replace(
+    traces, segments=dataclasses.replace(traces.segments, thought_end=np.array([3, 3, 5, 6], np.int32))
+  )
+  values = np.array([[0.5, 0.125, 1.0], [0.25, 0.0, 0], [0.5, 0.25, 0.5], [0.125, 0, 0]], np.float32)
+  before = estimators.Estimate(np.zeros((4, 3)), values, 1.0, 2, 3, 4.0, 0.5)
+  after = engine_of().calibrated(before, traces)
+  decided = np.asarray(traces.segments.after_exit)
+  assert decided.tolist() == [[False, False, True], [False] * 3, [False] * 3, [False] * 3]
+  # After the exit, where the likelihood was 0 and where there is no state, values stay.
+  stays = decided | (values == 0)
+  np.testing.assert_array_equal(after.values[stays], values[stays])
+  assert (after.values[~stays] != values[~stays]).all() and (after.forward_tokens, after.flops) == (2, 4)
+  np.testing.assert_allclose(after.rewards.sum(axis=1), traces.returns - after.values[:, 0], atol=1e-6)
+
+
+def test_rooms_hold_the_longest_completion_of_each_bank():
+  steps = lambda *sizes: [[0] * size for size in sizes]
+  references = [
+    banks.Reference(steps(2, 3), [0], [0] * 2, solutions=[steps(4, 6), steps(1)], aligned=True),
+    banks.Reference(steps(7), [0], [0] * 4, solutions=[], aligned=True),
+  ]
+  assert estimators.completion_rooms(references, 20) == {
+    "answer": 5, "solution": 12, "suffix": 12, "solutions": 13, "rollouts": 20, "own": 20,
+  }  # fmt: skip
 
 
 # ---- The script --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import tiny_config
 from helpers import run, saved_params, untimed
 
-from rredcot_jax.credit import value_head
+from rredcot_jax.credit import source, value_head
 from rredcot_jax.model import decoder
 from rredcot_jax.model.config import ModelConfig
 from rredcot_jax.ops import types
@@ -57,6 +58,39 @@ def test_features_are_those_that_predict_the_token_and_carry_no_gradient():
   np.testing.assert_array_equal(hidden[:, :3], other[:, :3])
   gradient = jax.grad(lambda p: value_head.features(p, config, rollout).sum())(params)
   assert all(not leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_batch_is_valued_at_its_cuts_and_then_learnt_from_as_often_and_as_fast_as_configured():
+  config = ModelConfig(vocab_size=7, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=8)
+  params = decoder.init(config, jax.random.key(0))
+  mask = jnp.array([[True] * 5 + [False], [True] * 3 + [False] * 3])
+  zeros = jnp.zeros(mask.shape)
+  rollout = types.Rollout(
+    prompt_tokens=jnp.array([[3, 2], [1, 5]]), prompt_mask=jnp.ones((2, 2), bool),
+    tokens=jnp.array([[4, 5, 1, 6, 2, 0], [6, 3, 2, 0, 0, 0]]), mask=mask, log_probs=zeros, sampler_log_probs=zeros,
+    entropy=zeros, truncated=jnp.zeros(2, bool),
+  )  # fmt: skip
+  segments = types.Segments(
+    ends=jnp.array([[1, 4, 5], [2, 3, 3]]), segment_ids=jnp.array([[0, 1, 1, 1, 2, -1], [0, 0, 1, -1, -1, -1]]),
+    num_segments=jnp.array([3, 2]), num_merged=jnp.zeros(2, int),
+  )  # fmt: skip
+  setting = SimpleNamespace(model=config, mesh=None, put=lambda tree: tree)
+  critique = value_head.Critique(setting, learning_rate=0.03, updates_per_rollout=3)
+  critic = critique.init_state()
+  head = value_head.ValueHead(jax.random.normal(jax.random.key(1), (8,)), jnp.float32(0.1))
+  batch = source.Batch(
+    params, None, rollout, segments, np.array([1, 0], np.float32), [None] * 2, None,
+    state=dataclasses.replace(critic, head=head),
+  )  # fmt: skip
+  found = critique.assign(batch)
+  each = value_head.predict(head, value_head.features(params, config, rollout))
+  expected = [[each[0, 0], each[0, 1], each[0, 4]], [each[1, 0], each[1, 2], 0]]
+  np.testing.assert_allclose(found.values, expected, rtol=1e-4)
+  assert np.ptp(np.asarray(found.values)[0]) > 0.1
+  assert int(found.state.opt_state[0].count) == 3
+  # Adam's steps are of the learning rate's size.
+  moved = np.abs(np.asarray(found.state.head.weight - head.weight))
+  assert 0.05 < moved.max() < 0.1
 
 
 def test_a_run_resumes_with_its_critic_bit_for_bit(tmp_path):

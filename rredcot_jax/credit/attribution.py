@@ -44,6 +44,7 @@ trace, and "signed" would be uniform credit wherever the advantage is negative. 
 given for the *reference* answer, whatever answer the trace itself gave.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -93,6 +94,7 @@ class Attribution(source.Source):
         "so it must be in the return's units; set credit.options.space='probability', or another credit.mode."
       )
 
+  @abc.abstractmethod
   def attribute(
     self,
     params: decoder.Params,
@@ -102,11 +104,10 @@ class Attribution(source.Source):
     exit_ids: chex.Array,
   ) -> chex.Array:
     """[B, K] float32, the credit of each segment; pure."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def forward_passes(self, states: int) -> int:
     """Passes over prompt, thought and completion; a backward pass counts as two."""
-    raise NotImplementedError
 
   def assign(self, batch: source.Batch) -> source.Found:
     """See `Source.assign`."""
