@@ -31,6 +31,15 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   config.initial_params = "think/warm_start.safetensors"
   config.rollout.max_prompt_tokens = 16
   config.rollout.max_tokens = 128
+  config.num_steps = 40
+  config.rollout.prompts_per_step = 2
+  config.segmentation.method = "newline"
+  config.optimizer.learning_rate = 2e-4
+  if method == "rredcot":
+    config.credit.mode = "difference"
+    config.credit.bank = "solutions"
+    config.credit.scored = "body"  # The value of being made to leave the thought now.
+    config.credit.max_completion_tokens = 48
   config.warm_start.batch_size = 64
   if method in ("short", "long", "plain"):
     config.tokenizer.path = "think"  # There is nothing beside a start that is not made yet.

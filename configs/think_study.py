@@ -3,7 +3,7 @@
     python experiments/credit_study.py --config configs/think_study.py --workdir runs/think-study
 
 The policy is the shipped warm start of configs/think.py. Ground truth is 512 rollouts of every
-distinct state of 4 traces in each of 24 groups of 8. The study takes about an hour on 2 cores. The
+distinct state of 2 traces in each of 24 groups of 8. The study takes about half an hour on 2 cores. The
 same command continues an interrupted study. `:small` is the same study of a few traces, which takes
 minutes and shows what the page looks like.
 """
@@ -29,7 +29,7 @@ def get_config(arg: str = "full") -> ConfigDict:
   config.segmentation.k_max = 12
   study = config.study
   study.num_prompts = 24
-  study.truth_traces = 4
+  study.truth_traces = 2
   study.truth_samples = 512
   study.rows_at_once = 32
   study.integration_steps = 32

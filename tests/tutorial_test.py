@@ -1,4 +1,4 @@
-"""docs/tutorial.md, block after block: what it asserts must hold, and what it prints must be there."""
+"""docs/tutorial.md and docs/thinking.md, block after block: what they assert must hold, and print must be there."""
 
 import json
 import pathlib
@@ -20,18 +20,38 @@ def one_device(monkeypatch):
   monkeypatch.chdir(TUTORIAL.parent.parent)
 
 
-def test_the_tutorial_runs_as_written(one_device, capsys):
-  blocks = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(encoding="utf-8"), re.S)
+def run_blocks(page: pathlib.Path, at_least: int) -> dict:
+  """Runs a page's blocks one after the other; what they define."""
+  blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+  assert len(blocks) >= at_least
+  scope: dict = {}
   with jax.numpy_rank_promotion("allow"):  # As a reader's interpreter has it.
-    scope: dict = {}
     for number, block in enumerate(blocks):
-      exec(compile(block, f"docs/tutorial.md, block {number + 1}", "exec"), scope)
-  assert len(blocks) >= 9 and 0 < scope["returns"].mean() < 1
+      exec(compile(block, f"docs/{page.name}, block {number + 1}", "exec"), scope)
+  return scope
+
+
+def test_the_tutorial_runs_as_written(one_device, capsys):
+  scope = run_blocks(TUTORIAL, at_least=9)
+  assert 0 < scope["returns"].mean() < 1
   shown = capsys.readouterr().out
   assert "reference answer" in shown and "r_k" in shown
   # The failed trace's most negative reward falls on its first wrong line, as the text claims.
   record = scope["record"]
   assert min(range(len(record["rewards"])), key=record["rewards"].__getitem__) == record["first_wrong_segment"]
+
+
+def test_the_thinking_trace_runs_as_written(one_device, capsys):
+  scope = run_blocks(TUTORIAL.with_name("thinking.md"), at_least=6)
+  row, last, segments = scope["row"], scope["last"], scope["segments"]
+  # Every state has the three references, the one before the exit too; there is none behind it.
+  assert scope["bank"].valid[row].sum(axis=-1).tolist() == [3] * (last + 1) + [0] * (11 - last)
+  assert abs(float(scope["credit"].rewards[row].sum() - (0 - scope["calibrated"][row, 0]))) < 1e-5
+  # The blame falls on the line that the task calls the first wrong one, as the text claims.
+  example, text = scope["examples"][row], scope["codec"].responses(scope["on_host"])[row]
+  wrong = scope["task"].first_wrong_step(example, text)
+  assert int(scope["credit"].rewards[row, : last + 1].argmin()) == wrong and int(segments.num_segments[row]) == last + 1
+  assert capsys.readouterr().out.count("</think>") >= 4
 
 
 def test_the_notebook_has_the_tutorials_cells_and_their_outputs():
