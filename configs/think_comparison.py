@@ -17,10 +17,12 @@ from rredcot_jax.train.config import default_config, options_of
 METHODS = {
   "grpo": "method=grpo",
   "reinforce": "method=reinforce",
-  "rredcot-difference": "method=rredcot,mode=difference",
-  "rredcot-action_value": "method=rredcot,mode=action_value",
-  "rredcot-signed": "method=rredcot,mode=signed",
-  "rredcot-first_segment": "method=rredcot,mode=first_segment",
+  "rredcot-difference": "method=rredcot,bank=solutions,mode=difference",
+  "rredcot-action_value": "method=rredcot,bank=solutions,mode=action_value",
+  "rredcot-signed": "method=rredcot,bank=solutions,mode=signed",
+  "rredcot-first_segment": "method=rredcot,bank=solutions,mode=first_segment",
+  "rredcot-answer-difference": "method=rredcot,bank=answer,mode=difference",
+  "rredcot-own-difference": "method=rredcot,bank=own,mode=difference",
   "calibrated-difference": "method=calibrated,mode=difference",
   "calibrated-action_value": "method=calibrated,mode=action_value",
   "calibrated-signed": "method=calibrated,mode=signed",
@@ -36,7 +38,7 @@ _RATES = {
 _RATE = 2e-4  # Of the methods that are not listed.
 
 
-def get_config(arg: str = "method=rredcot") -> ConfigDict:
+def get_config(arg: str = "rredcot") -> ConfigDict:
   """Options: method (rredcot, calibrated, grpo, reinforce, monte_carlo, leave_one_out), mode (difference, action_value,
   signed, magnitude, first_segment), bank (solutions, own, answer), cut (hybrid, newline, keyword).
 
@@ -61,7 +63,7 @@ def get_config(arg: str = "method=rredcot") -> ConfigDict:
   config.rollout.prompts_per_step = 2
   config.rollout.group_size = 8
   config.rollout.max_prompt_tokens = 16
-  config.rollout.max_tokens = 128
+  config.rollout.max_tokens = 96
   config.segmentation.method = options["cut"]
   config.segmentation.k_max = 12
   config.evaluation.num_prompts = 256
@@ -80,7 +82,7 @@ def get_config(arg: str = "method=rredcot") -> ConfigDict:
   if method in ("rredcot", "calibrated"):
     config.credit.bank = options["bank"]
     config.credit.scored = "body"
-    config.credit.max_completion_tokens = 128 if options["bank"] == "own" else 48
+    config.credit.max_completion_tokens = {"own": 96, "answer": 4}.get(options["bank"], 40)
   if method == "monte_carlo":
     config.credit.chunk_size = 32  # Slots a trace.
   return config

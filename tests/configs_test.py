@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import transformers
 
-from rredcot_jax.data import chain, datasets, reasoning_gym
+from rredcot_jax.data import chain, datasets, reasoning_gym, think
 from rredcot_jax.model import decoder, export, huggingface, sampling
 from rredcot_jax.model.config import SIZES, ModelConfig
 from rredcot_jax.model.tokenizer import load_tokenizer
@@ -123,7 +123,12 @@ def test_every_option_makes_a_valid_configuration(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_tasks_know_their_options(name):
-  kinds = {"chain": chain.Chain, "dataset": datasets.Dataset, "reasoning_gym": reasoning_gym.ReasoningGym}
+  kinds = {
+    "chain": chain.Chain,
+    "think": think.Think,
+    "dataset": datasets.Dataset,
+    "reasoning_gym": reasoning_gym.ReasoningGym,
+  }
   for _, config in configs(name):
     for split in ("train", "eval"):
       options = Experiment(config).task_options(split)
@@ -133,7 +138,7 @@ def test_tasks_know_their_options(name):
         assert corpus in datasets.SCHEMAS and (split == "eval" or datasets.SCHEMAS[corpus].train_file)
 
 
-@pytest.mark.parametrize("name", ["demo", "chain_comparison"])
+@pytest.mark.parametrize("name", ["demo", "think", "chain_comparison"])
 def test_the_room_of_a_completion_is_that_of_the_longest(name):
   compared = set()
   for arg, config in configs(name):
