@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given
@@ -658,3 +659,8 @@ def test_a_corpus_larger_than_tfds_buffer_is_prepared_without_tensorflow(tmp_pat
 def test_field_names_that_make_no_schema_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     datasets.Schema.of_fields(fields)
+
+
+def test_only_the_given_examples_are_dealt(numbers):
+  loader = batching.prompt_iterator(numbers, 4, 0, np.array([1, 3, 5, 7]))
+  assert sorted(next(loader).tolist()) == [1, 3, 5, 7]
