@@ -143,6 +143,7 @@ def test_a_start_that_was_refused_does_not_keep_the_corrected_command_out(tmp_pa
   (tmp_path / "tensorboard").mkdir()
   for name in ("metrics.jsonl", "tensorboard/events"):
     (tmp_path / name).touch()
+  (tmp_path / "traces.jsonl").symlink_to("nowhere")
   claim(tmp_path, num_steps=7, fingerprints={"train": "1"}).close()
   assert workdir.read(tmp_path)["config"]["num_steps"] == 7
   claim(tmp_path, num_steps=7, resume=False, fingerprints={"train": "2"}).close()

@@ -355,7 +355,7 @@ def _take_over(
 def _is_begun(path: pathlib.Path) -> bool:
   """Whether a directory with a config.json holds anything else that a run has made."""
   start = {"config.json", "run.lock", "run.lease", "tensorboard"}
-  holds = lambda entry: any(entry.iterdir()) if entry.is_dir() else entry.stat().st_size > 0
+  holds = lambda entry: any(entry.iterdir()) if entry.is_dir() else entry.exists() and entry.stat().st_size > 0
   return any(entry.name not in start and holds(entry) for entry in path.iterdir())
 
 
