@@ -83,6 +83,12 @@ DAMAGED_FILES = {
   "merges that are text": changed(model=BPE | {"merges": "a b"}),
   "an unknown token that is unknown": changed(model=BPE | {"merges": [], "unk_token": "<u>"}),
   "a panic when it is read": changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+  "a normalizer that grows": changed(
+    normalizer={
+      "type": "Sequence",
+      "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 9,
+    }
+  ),
   "a panic when it is used": changed(post_processor=TEMPLATE | {"special_tokens": {}}),
   "an id that nothing has": changed(
     post_processor=TEMPLATE | {"special_tokens": {"<z>": {"id": "<z>", "ids": [4 * 10**9], "tokens": ["<z>"]}}}
@@ -116,6 +122,16 @@ def test_a_damaged_tokenizer_is_named(kind, write):
   with pytest.raises(ValueError, match="damaged") as caught:
     tokenizer.load_tokenizer(directory)
   assert str(directory) in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_text_that_makes_a_tokenizer_panic_is_named_with_it(write):
+  search = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+  directory = write(file=changed(pre_tokenizer=search))
+  loaded = tokenizer.load_tokenizer(directory)
+  tokenizer.encode_piece(loaded, "a")
+  with pytest.raises(ValueError, match=r"cannot encode 'aaaaaaaa.*retry-limit-in-match") as caught:
+    tokenizer.encode_piece(loaded, "a" * 5000 + "!")
+  assert str(directory) in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", DAMAGED_CONFIGS)

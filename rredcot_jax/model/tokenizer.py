@@ -6,6 +6,7 @@ The files may come from anywhere. Whatever is wrong with them ends in an error t
 import copy
 import json
 import logging
+import math
 import pathlib
 import weakref
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ _MOST_BYTES = {
   "chat_template.jinja": 2**20,
 }
 GENERATION = "generation_config.json"
+_MOST_GROWTH = 1024  # Characters that a normalizer may write for one.
 _SHOWN = 3  # Differing tokens that an error lists.
 
 # Of each tokenizer that puts a space before every text, a copy that does not; None of the others.
@@ -196,6 +198,10 @@ def _check_use(tokenizer: transformers.PreTrainedTokenizerFast, path: pathlib.Pa
     size = num_ids(tokenizer)
     if size > MOST:
       raise ValueError(f"its highest id is {size - 1}; at most {MOST} ids are supported.")
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    growth = 1 if normalizer is None else _growth(json.loads(normalizer.__getstate__()))
+    if growth > _MOST_GROWTH:
+      raise ValueError(f"its normalizer may write {growth} characters for one; at most {_MOST_GROWTH} are supported.")
     ids = tokenizer.encode("a b\n1")
     if any(not 0 <= i < size for i in ids):
       raise ValueError(f"it writes the id {max(ids)} and has {size}.")
@@ -204,6 +210,13 @@ def _check_use(tokenizer: transformers.PreTrainedTokenizerFast, path: pathlib.Pa
     for token, i in tokenizer.get_vocab().items():
       if tokens.setdefault(i, token) != token:
         raise ValueError(f"the tokens {_quoted(tokens[i])} and {_quoted(token)} have one id, {i}.")
+
+
+def _growth(state: Mapping[str, Any]) -> int:
+  """How many characters the replacements of a normalizer may write for one, if each reads what the others wrote."""
+  if state["type"] == "Sequence":
+    return math.prod(_growth(one) for one in state["normalizers"])
+  return max(1, len(state["content"])) if state["type"] == "Replace" else 1
 
 
 def _folder(path: pathlib.Path) -> pathlib.Path:
@@ -238,14 +251,19 @@ def encode_piece(
 
   Returns:
     The ids, without those that the tokenizer puts around a whole text.
+
+  Raises:
+    ValueError: naming the tokenizer and the text, if it cannot be encoded.
   """
   if tokenizer not in _WITHOUT_PREFIX:
     _WITHOUT_PREFIX[tokenizer] = _without_prefix(tokenizer.backend_tokenizer)
   backend = None if begins else _WITHOUT_PREFIX[tokenizer]
-  if backend is None:
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special))
-  backend.encode_special_tokens = not special
-  return list(backend.encode(text, add_special_tokens=False).ids)
+  # A regular expression of the tokenizer can give up in a panic on one text and not on another.
+  with refusing(f"the tokenizer {tokenizer.name_or_path or 'given'!r} cannot encode {text[:40]!r}"):
+    if backend is None:
+      return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special))
+    backend.encode_special_tokens = not special
+    return list(backend.encode(text, add_special_tokens=False).ids)
 
 
 def _without_prefix(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
