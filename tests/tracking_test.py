@@ -13,7 +13,7 @@ import time
 import pytest
 import tiny_config
 
-from rredcot_jax.train import loop, metrics, tracking, validation
+from rredcot_jax.train import differences, loop, metrics, tracking, validation
 from rredcot_jax.train.config import default_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -269,6 +269,12 @@ def test_a_package_that_is_missing_is_refused_before_anything_is_written(tmp_pat
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(ValueError, match=r"tracker='wandb' needs the package wandb.*pip install '\.\[wandb\]'"):
       validation.validate(config)
+
+
+def test_a_run_may_be_resumed_with_another_tracker():
+  held, wanted = default_config().to_dict(), default_config().to_dict() | {"tracker": "wandb"}
+  assert not differences.run_differences(held, wanted)
+  assert differences.run_differences(held, wanted | {"seed": 1}) == ["seed (0 there, 1 here)"]
 
 
 def test_a_run_whose_tracker_refuses_everything_ends_as_without_one(tmp_path, monkeypatch):
