@@ -315,10 +315,10 @@ def test_the_same_prompt_is_compared_run_by_run(tmp_path):
   def run(name, *traces):
     return make_run(tmp_path / name, traces=[make_trace(**trace) for trace in traces])
 
-  right = {"return": 1.0}
+  right, large = {"return": 1.0}, {"rewards": [0.25, -0.9, 0.0]}
   runs = {
-    "a": run("a", {"prompt": "agreed"}, {"prompt": "differ", "step": 1, **right}, {"prompt": "alone"}),
-    "b": run("b", {"prompt": "agreed"}, {"prompt": "differ", "step": 3}, {"prompt": "differ", "step": 2}),
+    "a": run("a", {"prompt": "agreed", **large}, {"prompt": "differ", "step": 1, **right}, {"prompt": "alone"}),
+    "b": run("b", {"prompt": "agreed", **large}, {"prompt": "differ", "step": 3}, {"prompt": "differ", "step": 2}),
   }
   found = write(tmp_path, runs)
   shown = found.text[found.text.index("The same prompt, run by run") : found.text.index("Configuration")]

@@ -13,7 +13,7 @@ import time
 import pytest
 import tiny_config
 
-from rredcot_jax.train import loop, metrics, tracking, validation
+from rredcot_jax.train import differences, loop, metrics, tracking, validation
 from rredcot_jax.train.config import default_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -22,6 +22,7 @@ CONFIG = {"seed": 3, "loss": {"name": "grpo"}}
 # Stands for wandb and for trackio: notes each call, and misbehaves as STUB_FAULT says.
 STUB = """
 import json, os, sys, time
+assert not [path for path in sys.path if path.endswith("rredcot_jax/train")], "our modules hide others"
 
 def note(name, args, options):
   with open(os.environ["STUB_CALLS"], "a") as file:
@@ -167,7 +168,7 @@ def test_one_that_ends_early_costs_the_rest(tmp_path, monkeypatch, caplog, fault
   (tmp_path / "first").mkdir()
   with caplog.at_level(logging.WARNING), tracking.opened("wandb", tmp_path / "first", CONFIG) as tracker:
     tracker.add(1, {"x": 1.0})
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while tracker._process is not None and time.monotonic() < end:
       tracker._listen(0.1)
     assert tracker.num_lost == 1
@@ -187,12 +188,14 @@ def test_one_that_hangs_is_left_behind(tmp_path, monkeypatch, caplog, impatient,
       began = time.monotonic()
       for step in range(200):  # Many more bytes than a pipe holds.
         tracker.add(step, {f"metric {i}": 1.0 for i in range(100)})
-      assert time.monotonic() - began < 2
+      assert time.monotonic() - began < 20
       time.sleep(0.3)
       tracker.add(200, {"x": 1.0})
       silent = "has not answered" in caplog.text
+      while place == "finish" and tracker._answered < 201:
+        tracker._listen(1.0)
       process, closing = tracker._process, time.monotonic()
-    assert time.monotonic() - closing < 6
+    assert time.monotonic() - closing < 30
   assert process.poll() == -signal.SIGKILL
   assert tracker.num_lost == (0 if place == "finish" else 201)
   if place == "log":
@@ -246,7 +249,7 @@ def test_the_tracker_of_a_run_that_was_killed_ends_its_record(tmp_path):
   }
   done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, cwd=tmp_path)
   assert done.returncode == -signal.SIGKILL
-  end = time.monotonic() + 20
+  end = time.monotonic() + 60
   while time.monotonic() < end and [name for name, *_ in calls(tmp_path)][-1:] != ["finish"]:
     time.sleep(0.05)
   assert [name for name, *_ in calls(tmp_path)] == ["init", "define_metric", "log", "finish"]
@@ -266,6 +269,12 @@ def test_a_package_that_is_missing_is_refused_before_anything_is_written(tmp_pat
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(ValueError, match=r"tracker='wandb' needs the package wandb.*pip install '\.\[wandb\]'"):
       validation.validate(config)
+
+
+def test_a_run_may_be_resumed_with_another_tracker():
+  held, wanted = default_config().to_dict(), default_config().to_dict() | {"tracker": "wandb"}
+  assert not differences.run_differences(held, wanted)
+  assert differences.run_differences(held, wanted | {"seed": 1}) == ["seed (0 there, 1 here)"]
 
 
 def test_a_run_whose_tracker_refuses_everything_ends_as_without_one(tmp_path, monkeypatch):

@@ -38,6 +38,9 @@ def test_the_tutorial_runs_as_written(one_device, capsys):
   assert "reference answer" in shown and "r_k" in shown
   # The failed trace's most negative reward falls on its first wrong line, as the text claims.
   record = scope["record"]
+  rollout, segments, row = scope["rollout"], scope["segments"], scope["row"]
+  cuts = [int(t) for t in segments.starts[row][: int(segments.num_segments[row])]]
+  assert record["entropies"] == pytest.approx([float(rollout.entropy[row, t]) for t in cuts])
   assert min(range(len(record["rewards"])), key=record["rewards"].__getitem__) == record["first_wrong_segment"]
 
 
