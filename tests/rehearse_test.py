@@ -59,7 +59,8 @@ def test_what_a_run_would_refuse_is_refused():
 @pytest.mark.peers
 def test_devices_lie_on_processes_as_on_the_topology():
   found, _ = rehearse(
-    "--config=tests/process_run.py", "--hosts=2", "--devices_per_host=4", "--topology=v5p:2x2x2", "--config.mesh.data=8",
+    "--config=tests/process_run.py", "--hosts=2", "--devices_per_host=4", "--topology=v5p:2x2x2",
+    "--config.mesh.data=8",
   )  # fmt: skip
   assert found["ok"] and "[0, 1, 0, 1, 0, 1, 0, 1]" in found["order"]
   # A group of two has a row in each process.
@@ -75,7 +76,8 @@ def tool(monkeypatch):
 RECIPES = {
   "v5p:2x2x4": ({}, 16),
   "v5e:8x8": (
-    {"mesh.fsdp": 16, "mesh.sequence": 4, "rollout_mesh.data": 16, "rollout_mesh.tensor": 4, "compute.remat": "full"}, 64,
+    {"mesh.fsdp": 16, "mesh.sequence": 4, "rollout_mesh.data": 16, "rollout_mesh.tensor": 4},
+    64,
   ),
 }  # fmt: skip
 
@@ -136,11 +138,13 @@ class Chip(types.SimpleNamespace):
   __hash__ = object.__hash__
 
 
-def chips_of(slices, columns=2, rows=2):
-  return [
-    Chip(platform="tpu", device_kind="TPU v5 lite", slice_index=at, coords=(x, y, 0), core_on_chip=0, id=100 * at + columns * y + x, process_index=at)
-    for at in range(slices) for y in range(rows) for x in range(columns)
-  ]  # fmt: skip
+def chips_of(slices):
+  """Slices of 2 x 2 chips, each a process."""
+  chip = lambda at, x, y: Chip(
+    platform="tpu", device_kind="TPU v5 lite", slice_index=at, process_index=at, id=100 * at + 2 * y + x,
+    coords=(x, y, 0), core_on_chip=0,
+  )  # fmt: skip
+  return [chip(at, x, y) for at in range(slices) for y in range(2) for x in range(2)]
 
 
 def test_data_alone_goes_over_the_network_between_slices(monkeypatch):

@@ -1,6 +1,7 @@
 """Runs a configuration on this machine as it would run on a pod, made small; says what each process held.
 
-    python tools/rehearse.py --config configs/qwen3_4b_numina_math.py --hosts 4 --devices_per_host 4 --topology v5p:2x2x4
+    python tools/rehearse.py --config configs/qwen3_4b_numina_math.py --hosts 4 --devices_per_host 4 \
+        --topology v5p:2x2x4
     python tools/rehearse.py --config configs/demo.py --hosts 2 --devices_per_host 2
 
 It starts `--hosts` processes of `--devices_per_host` fake CPU devices each, all running experiments/train.py.
@@ -318,7 +319,8 @@ def show(starts: list[dict[str, Any]]) -> None:
   for one in starts:
     print(f"{one['start']} start: {one['seconds']} s, steps {one['steps']}, evaluations {one['evaluations']}")
     print(
-      "  process  rows of a step  judged  for banks  rows of evaluation  state, MiB a device  all arrays  host, MiB  saved"
+      "  process  rows of a step  judged  for banks  rows of evaluation  state, MiB a device  all arrays  host, MiB  "
+      "saved"
     )
     for held in one["processes"]:
       step, evaluation = held["step"], held.get("evaluation", {})
