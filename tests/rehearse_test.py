@@ -67,9 +67,8 @@ def test_devices_lie_on_processes_as_on_the_topology():
   assert all(held["step"]["groups_in_several_processes"] for held in found["starts"][0]["processes"])
 
 
-@pytest.fixture
-def tool(monkeypatch):
-  monkeypatch.setattr(sys, "argv", ["rehearse.py"])
+@pytest.fixture(scope="module")
+def tool():
   return launch.load_file(ROOT / "tools" / "rehearse.py")
 
 

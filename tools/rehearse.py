@@ -17,7 +17,8 @@ With `--topology`, the devices of the mesh lie on the processes as on that slice
 libtpu, which `pip install -e '.[tpu-compile]'` brings. Without libtpu the order is the plain one, process after
 process, and that is said. `--hosts` may be a divisor of the slice's hosts: each process then stands for several.
 
-The last line is one JSON object. The exit status is 1 if the run was refused or failed.
+`--workdir` names a new directory that is kept, with what each process printed. The last line is one JSON object.
+The exit status is 1 if the run was refused or failed.
 """
 
 import json
@@ -25,6 +26,7 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,39 +40,37 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from rredcot_jax.cost import topology
 from rredcot_jax.data import datasets
 from rredcot_jax.model import decoder, export
 from rredcot_jax.model.tokenizer import load_tokenizer
 from rredcot_jax.parallel import sharding
-from rredcot_jax.train import initial
+from rredcot_jax.train import initial, launch
 from rredcot_jax.train.experiment import Experiment
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration.", lock_config=True)
 HOSTS = flags.DEFINE_integer("hosts", 1, "Processes.", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices_per_host", 1, "Fake CPU devices of each process.", lower_bound=1)
 TOPOLOGY = flags.DEFINE_string("topology", "", "Of the slice whose order of devices is taken, such as v5p:2x2x4.")
 SLICES = flags.DEFINE_integer("slices", 1, "How many of them.", lower_bound=1)
-DIRECTORY = flags.DEFINE_string("directory", "", "Where it runs; it must not exist. Empty is one that is removed.")
 
 PROCESS = pathlib.Path(__file__).parent / "rehearsed_process.py"
 ROOT = PROCESS.parent.parent
 STEPS = 2
 PROMPT, ROOM, COMPLETION, STATES = 256, 64, 64, 8  # The most of tokens and segments.
 TOKENIZER = "gsm_symbolic"  # Under rredcot_jax/assets.
-START_SECONDS, LIMIT_SECONDS = 300, 1500
+START_SECONDS, LIMIT_SECONDS = 300, 900
 # Compiling is most of the work.
 FAST_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def main(_: Any) -> None:
-  config, chips = CONFIG.value, HOSTS.value * DEVICES.value
+  config, chips = launch.CONFIG.value, HOSTS.value * DEVICES.value
   result = {"config": config_name(), "hosts": HOSTS.value, "devices_per_host": DEVICES.value,
             "topology": TOPOLOGY.value, "slices": SLICES.value}  # fmt: skip
-  directory = pathlib.Path(DIRECTORY.value or tempfile.mkdtemp(prefix="rehearsal-"))
-  if DIRECTORY.value:
+  directory = pathlib.Path(launch.WORKDIR.value or tempfile.mkdtemp(prefix="rehearsal-"))
+  if launch.WORKDIR.value:
     directory.mkdir(parents=True)
   began = time.perf_counter()
   try:
@@ -84,7 +84,7 @@ def main(_: Any) -> None:
     print(f"{error}\nREFUSED OR FAILED", flush=True)
     result |= {"ok": False, "error": str(error).splitlines()[0]}
   finally:
-    if not DIRECTORY.value:
+    if not launch.WORKDIR.value:
       shutil.rmtree(directory)
   result |= {"seconds": round(time.perf_counter() - began, 1), "processor": processor()}
   print(json.dumps(result))
@@ -270,6 +270,9 @@ def start(directory: pathlib.Path, config: ConfigDict, order: Sequence[int], *, 
         started.append(subprocess.Popen([*words, *own], env=environment, stdout=file, stderr=subprocess.STDOUT))
     statuses = [process.wait(max(LIMIT_SECONDS - (time.perf_counter() - began), 1)) for process in started]
   except subprocess.TimeoutExpired:
+    for process in started:
+      process.send_signal(signal.SIGUSR1)  # Each prints where it waits.
+    time.sleep(5)
     raise ValueError(f"the {name} start has not ended in {LIMIT_SECONDS} s: {tail(outputs[0])}") from None
   finally:
     for process in started:
