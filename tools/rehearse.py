@@ -250,12 +250,13 @@ def start(directory: pathlib.Path, config: ConfigDict, order: Sequence[int], *, 
     "stop_in_rollout": STEPS if stops else 0, "stopping_process": HOSTS.value - 1,
   }  # fmt: skip
   (directory / f"{name}.json").write_text(json.dumps(plan))
-  environment = os.environ | {
+  # Without a compilation cache. JAX writes one on process 0 alone, and on CPU the others do not find their programs in
+  # it. A resumed run in which process 0 had loaded its programs, and the others had compiled them, waited for ever.
+  kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+  environment = kept | {
     "RREDCOT_REHEARSAL": str(directory / f"{name}.json"),
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES.value} {FAST_COMPILING}",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    "JAX_COMPILATION_CACHE_DIR": str(directory / "cache"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "RREDCOT_START_SECONDS": str(START_SECONDS),
   }
   words = [sys.executable, str(PROCESS), f"--config={PROCESS}", f"--workdir={directory / 'run'}"]
