@@ -5,7 +5,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := rredcot_jax experiments configs tools tests benchmarks setup.py
 SCRIPTS := experiments configs tools benchmarks
 
-.PHONY: demo demo-seeds demo-llm test faults test-peers test-newest test-floors test-package lint docs notebook bench bench-peers peers tokenizers clean
+.PHONY: demo demo-seeds demo-llm test rehearse faults test-peers test-newest test-floors test-package lint docs notebook bench bench-peers peers tokenizers clean
 
 # A .venv that holds another Python than the one asked for would be used without a word.
 ifeq ($(origin PYTHON)$(filter clean,$(MAKECMDGOALS)),command line)
@@ -40,6 +40,14 @@ test: .venv/ready
 # Kills at 20 random moments, and the other long forms of the fault tests.
 faults: .venv/ready
 	$(BIN)/python -m pytest -m faults
+
+# Every shipped configuration as it would run on its slice, with the order of devices that libtpu names.
+rehearse: .venv/rehearse
+	PYTHON=$(BIN)/python tools/rehearse_all.sh
+
+.venv/rehearse: .venv/ready
+	$(BIN)/python $(PIP) -e '.[tpu-compile]'
+	touch $@
 
 # The tests that compare with other people's code or compile for TPUs, and no others.
 test-peers: peers

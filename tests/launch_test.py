@@ -154,7 +154,11 @@ def test_xpk_gets_the_same_program():
   )
   words = shlex.split(out)
   assert words[:7] == ["xpk", "workload", "create", "--cluster", "cluster", "--workload", "run-1"]
-  assert shlex.split(words[words.index("--command") + 1])[:6] == ["python", *PROGRAM]
+  there = shlex.split(words[words.index("--command") + 1])
+  # Workers that come up minutes apart wait for each other, as those of a JobSet do.
+  assert there == [
+    "env", "RREDCOT_START_SECONDS=600", "python", *PROGRAM, "--distributed", "--stopped_status", "75"
+  ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

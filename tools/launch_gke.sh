@@ -64,7 +64,8 @@ program+=(--distributed --stopped_status 75)
 if [[ -n "$xpk" ]]; then
   matches xpk "$xpk" '[a-z][a-z0-9-]*'
   matches tpu-type "$tpu_type" '[a-z0-9-]+'
-  command="python"
+  # As in the JobSet below.
+  command="env RREDCOT_START_SECONDS=600 python"
   for word in "${program[@]}"; do command+=" ${word@Q}"; done
   call=(xpk workload create --cluster "$xpk" --workload "$name" --tpu-type "$tpu_type" --num-slices "$slices"
     --docker-image "$image" --max-restarts "$restarts" --command "$command")

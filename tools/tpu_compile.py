@@ -27,19 +27,12 @@ from typing import Any
 
 # Before jax is imported, because it must not look for a TPU. Compiling needs none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-
-import importlib.util
 
 import jax
 from absl import app, flags
-from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from rredcot_jax.cost import hlo
+from rredcot_jax.cost import hlo, topology
 from rredcot_jax.ops.names import check_option
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train import programs as programs_lib
@@ -47,6 +40,9 @@ from rredcot_jax.train.experiment import Experiment
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x4", "Generation and shape of the slice, such as v5e:8x8.")
+SLICES = flags.DEFINE_integer(
+  "slices", 1, "How many of them; mesh.data goes over the network between them.", lower_bound=1
+)
 PROGRAMS = flags.DEFINE_list("programs", ["sample", "score", "update"], "Which to compile.")
 SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch and the cheapest remat policy that fit.")
 
@@ -54,7 +50,11 @@ SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch and the chea
 def main(_: Any) -> None:
   config = CONFIG.value
   check_option("generation of --topology", TOPOLOGY.value.split(":")[0], tuple(hlo.CHIPS))
-  devices = devices_of(TOPOLOGY.value)
+  try:
+    devices = topology.devices_of(TOPOLOGY.value, slices=SLICES.value)
+  except ImportError as error:
+    raise SystemExit(error) from None
+  ask(config, devices)
   if SEARCH.value:
     found = search(config, devices)
     if found is None:
@@ -62,17 +62,25 @@ def main(_: Any) -> None:
       sys.exit(1)
     config = found
   result = compile_all(config, devices, PROGRAMS.value)
-  result = {"topology": TOPOLOGY.value, "chips": len(devices), **settings(config), **result}
+  result = {"topology": TOPOLOGY.value, "slices": SLICES.value, "chips": len(devices), **settings(config), **result}
   show(result)
   print(json.dumps(result))
   sys.exit(0 if result["fits"] else 1)
 
 
-def devices_of(topology: str) -> Any:
-  """The devices of a slice that is not there."""
-  if importlib.util.find_spec("libtpu") is None:
-    raise SystemExit("libtpu is not installed: pip install -e '.[experiments,tpu-compile]'")
-  return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+def ask(config: ConfigDict, devices: Any) -> None:
+  """What a run asks at its start. A layout that the pod would refuse is refused before anything is compiled.
+
+  Raises:
+    ValueError: see `Experiment.rows` and `sharding.check_split`.
+  """
+  experiment = Experiment(config, devices=devices)
+  rows = experiment.rows
+  sharding.check_split(experiment.abstract_params_state)
+  hosts = len({device.process_index for device in devices})
+  print(
+    f"{rows.count} rows on {len(devices)} chips of {hosts} hosts; groups lie in {'several' if rows.split else 'one'}"
+  )
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:
@@ -90,7 +98,7 @@ def compile_all(config: ConfigDict, devices: Any, names: list[str]) -> dict[str,
   """Compiles the programs; a dict of plain numbers, bytes and FLOPs a chip."""
   chip = hlo.CHIPS[TOPOLOGY.value.split(":")[0]]
   experiment = Experiment(config, devices=devices)
-  resident = programs_lib.bytes_a_chip(experiment.abstract_params_state)
+  resident = sharding.bytes_a_device(experiment.abstract_params_state)
   programs = programs_lib.programs(experiment)
   result: dict[str, Any] = {"hbm": chip.hbm, "train_state": resident, "programs": {}}
   for name in (name for name in programs if name in names):

@@ -13,7 +13,8 @@ identity with the other mesh's `infer` as its output moves parameters over.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +40,9 @@ _RULES = {
   "down": P(None, "tensor", _SPLIT),
 }
 
+# Key and value heads are often fewer than `tensor` and then whole on several devices, which costs less than this.
+_MOST_OVER_IDEAL = 1.5
+
 # The meaning of a dimension of an activation or a cache, and the axes that split it.
 _DIMENSIONS: dict[str | None, tuple[str, ...]] = {
   None: (),
@@ -59,26 +63,49 @@ def make_mesh(
     data, fsdp, tensor, sequence: sizes of the axes.
     devices: those of a machine that is not there, to compile for; None is `jax.devices()`.
 
+  Several TPU slices are joined by a slow network. `data` alone goes over it, because gradients are
+  summed over `data` once a step, and the other axes communicate in every layer.
+
   Raises:
-    ValueError: if the axes do not multiply to the number of devices.
+    ValueError: if the axes do not multiply to the number of devices, or if `data` is not a multiple
+      of the number of slices.
   """
   devices = jax.devices() if devices is None else devices
   shape = _axis_sizes(len(devices), data, fsdp, tensor, sequence)
-  if devices[0].platform == "tpu":
-    # Neighbours in the mesh are neighbours in the torus where the sizes of both allow it.
-    return Mesh(mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True), AXES)
-  return Mesh(np.asarray(devices).reshape(shape), AXES)
+  if devices[0].platform != "tpu":
+    return Mesh(np.asarray(devices).reshape(shape), AXES)
+  slices = _check_slices("mesh", devices, shape[0])
+  # Neighbours in the mesh are neighbours in the torus where the sizes of both allow it.
+  within: Any = mesh_utils.create_hybrid_device_mesh if slices > 1 else mesh_utils.create_device_mesh
+  sizes = [(shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)] if slices > 1 else [shape]
+  return Mesh(within(*sizes, devices=devices, allow_split_physical_axes=True), AXES)
 
 
 def relayout(mesh: Mesh, *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
   """The same devices in the same order as axes of other sizes; `data=0` keeps the mesh as it is.
 
   Raises:
-    ValueError: if the axes do not multiply to the number of devices.
+    ValueError: as `make_mesh` does.
   """
   if data == 0:
     return mesh
-  return Mesh(mesh.devices.reshape(_axis_sizes(mesh.size, data, fsdp, tensor, sequence)), AXES)
+  shape = _axis_sizes(mesh.size, data, fsdp, tensor, sequence)
+  _check_slices("rollout_mesh", mesh.devices.flat, shape[0])
+  return Mesh(mesh.devices.reshape(shape), AXES)
+
+
+def _check_slices(name: str, devices: Iterable[Any], data: int) -> int:
+  """The number of TPU slices; raises ValueError if an axis other than `data` would cross from one to another."""
+  # On a GPU JAX sets `slice_index` too. There the user orders the machines.
+  indices = [getattr(device, "slice_index", None) for device in devices if device.platform == "tpu"]
+  slices = max(len(set(indices)), 1)
+  if data % slices:
+    raise ValueError(
+      f"{name}.data={data} is not a multiple of the {slices} slices: only `data` goes over the network between slices. "
+      f"Set {name}.data to a multiple of {slices}, so that the other axes lie within the {len(indices) // slices} "
+      "chips of a slice."
+    )
+  return slices
 
 
 def _axis_sizes(total: int, data: int, fsdp: int, tensor: int, sequence: int) -> tuple[int, int, int, int]:
@@ -120,6 +147,46 @@ def _fitting(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], size: int) -> str
       chosen.append(axis)
       parts *= mesh.shape[axis]
   return None if not chosen else chosen[0] if len(chosen) == 1 else tuple(chosen)
+
+
+def bytes_a_device(tree: Any) -> int:
+  """Bytes that one device holds of arrays, or of abstract arrays with their placement."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def check_split(tree: Any) -> None:
+  """Refuses a layout in which most of a state is whole on devices that should hold a part.
+
+  An axis that does not divide a dimension is left out, which is right for a small array. Where it
+  happens to most of a state, `fsdp` saves no memory.
+
+  Args:
+    tree: abstract arrays with the placement of `infer`.
+
+  Raises:
+    ValueError: if a device holds more than `_MOST_OVER_IDEAL` times the bytes of an even split, naming both
+      and the parameter that takes most of it.
+  """
+  held: dict[str, list[float]] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    name = next((name for name in reversed(names) if name in _RULES), None)
+    if name is None or len(_RULES[name]) != len(leaf.shape):
+      continue
+    mesh = leaf.sharding.mesh
+    parts = math.prod(mesh.shape[axis] for axis in AXES if axis != "data")
+    mine, ideal = held.setdefault(name, [0.0, 0.0])
+    held[name] = [mine + bytes_a_device(leaf), ideal + math.prod(leaf.shape) * leaf.dtype.itemsize / parts]
+    sizes = {axis: mesh.shape[axis] for axis in AXES}
+  mine, ideal = (sum(values) for values in zip(*held.values()))
+  if mine > _MOST_OVER_IDEAL * ideal:
+    worst = max(held, key=lambda name: held[name][0] - held[name][1])
+    raise ValueError(
+      f"the mesh {sizes} does not divide the model: a device would hold {mine / 2**20:.1f} MiB of the train state, "
+      f"{mine / ideal:.1f} times the {ideal / 2**20:.1f} MiB of an even split, mostly of {worst!r}. Choose mesh.fsdp x "
+      "mesh.sequence that divides model.width, and mesh.tensor that divides model.num_kv_heads, model.mlp_width and "
+      "the vocabulary."
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

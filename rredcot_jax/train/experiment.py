@@ -24,7 +24,7 @@ from rredcot_jax.data.encoding import Codec, Layout
 from rredcot_jax.model import decoder, tokenizer
 from rredcot_jax.model.config import Compute, ModelConfig, RopeScaling
 from rredcot_jax.ops.names import check_option
-from rredcot_jax.parallel import sharding
+from rredcot_jax.parallel import processes, sharding
 from rredcot_jax.train import checkpoint, differences, initial, train_step, validation
 from rredcot_jax.train import workdir as workdir_lib
 
@@ -140,6 +140,17 @@ class Experiment:
   def rollout_mesh(self) -> jax.sharding.Mesh:
     """The layout of rollouts: that of training where `rollout_mesh` says nothing."""
     return sharding.relayout(self.mesh, **self.config.rollout_mesh)
+
+  @functools.cached_property
+  def rows(self) -> processes.Rows:
+    """The rows of a step as this process sees them.
+
+    Raises:
+      ValueError: if they do not split over the layout of training or over that of rollouts.
+    """
+    prompts, group_size = self.config.rollout.prompts_per_step, self.config.rollout.group_size
+    sharding.check_rows(self.mesh, prompts * group_size)
+    return processes.rows_of(self.rollout_mesh, prompts * group_size, group_size=group_size)
 
   # ---- Training ----------------------------------------------------------------------------
 

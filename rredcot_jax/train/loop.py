@@ -69,7 +69,8 @@ def _train(
   experiment = Experiment(config)
   task, codec, group_size = experiment.train_task, experiment.codec, config.rollout.group_size
   mesh, rollout_mesh = experiment.mesh, experiment.rollout_mesh
-  rows = processes.rows_of(rollout_mesh, config.rollout.prompts_per_step * group_size, group_size=group_size)
+  rows = experiment.rows
+  sharding.check_split(experiment.abstract_params_state)
   policy_key, eval_key, credit_key = jax.random.split(jax.random.key(config.seed), 3)
   preflight.check_references(task, codec)
   preflight.check_references(experiment.held_out, codec)

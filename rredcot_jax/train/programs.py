@@ -1,6 +1,5 @@
 """The compiled programs of a configuration's training step, without allocating it, and the largest batch that fits."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,11 +75,6 @@ def programs(experiment: Experiment) -> dict[str, Callable[[], Any]]:
   lowered = {"sample": sample, "score": score, "update": update}
   scores = rule.redistributes and config.credit.source == "scoring"
   return lowered if scores else {"sample": sample, "update": update}
-
-
-def bytes_a_chip(tree: Any) -> int:
-  """Bytes of abstract arrays that one device holds, by their placement."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _placed(tree: Any, placement: Any) -> Any:
