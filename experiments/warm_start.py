@@ -27,7 +27,7 @@ from tqdm import tqdm
 from rredcot_jax.data import batching
 from rredcot_jax.model import export
 from rredcot_jax.parallel import sharding
-from rredcot_jax.train import checkpoint, evaluation, initial, launch, preflight, train_step
+from rredcot_jax.train import checkpoint, evaluation, initial, launch, lease, preflight, train_step
 from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
 
@@ -58,7 +58,7 @@ def main(_) -> None:
 
 
 def warm_start(
-  experiment: Experiment, output: pathlib.Path, checkpoints: pathlib.Path, claim: workdir_lib.Claim
+  experiment: Experiment, output: pathlib.Path, checkpoints: pathlib.Path, claim: lease.Claim
 ) -> dict[str, Any]:
   """Trains, writes the parameters to `output`, and returns the figures that are printed.
 

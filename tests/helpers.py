@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import resource
 
 import jax
@@ -211,3 +212,22 @@ def check_moved(workdir, config):
   start = Experiment(config).start_params(jax.random.split(jax.random.key(config.seed), 3)[0])
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, jax.device_get(start))
   assert all(jax.tree.leaves(moved)), moved
+
+
+# ---- Work directories ------------------------------------------------------------------------
+
+
+def claim(path, **options):
+  """Claims a work directory for a run of six steps."""
+  config = tiny_config.get_config()
+  config.num_steps = options.pop("num_steps", 6)
+  return workdir_lib.claim(path, config, "python train.py", **options)
+
+
+def begin(path, *, metrics=(), checkpoints=()):
+  """A work directory that a run has left; without metrics and checkpoints, one that was refused at its start."""
+  claim(path).close()
+  (path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "x": 1.0}) + "\n" for step in metrics))
+  for step in checkpoints:
+    (path / "checkpoints" / str(step)).mkdir(parents=True)
+  return path

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from rredcot_jax.ops.names import check_option
 from rredcot_jax.parallel import processes
-from rredcot_jax.train import manifest
+from rredcot_jax.train import fingerprints, manifest
 from rredcot_jax.train import workdir as workdir_lib
 
 ON_FAILURE = ("stop", "continue")
@@ -55,7 +55,7 @@ class Checkpointer:
       writes: whether the caller is the run that writes here. Half-written checkpoints of
         killed runs are then removed. Otherwise nothing in the directory is changed.
       fingerprints: hashes of what the run is made from, by name, kept in every checkpoint
-        and compared when one is restored; see `workdir.check_fingerprints`.
+        and compared when one is restored; see `fingerprints.check`.
 
     Raises:
       ValueError: if `keep` < 2, because a damaged newest checkpoint needs another one before
@@ -178,7 +178,7 @@ class Checkpointer:
         f"checkpoint {step} in {self._directory} has the format {held['format']!r}, not {_FORMAT}: go on "
         "with the version of this program that wrote it."
       )
-    workdir_lib.check_fingerprints(
+    fingerprints.check(
       held.get("fingerprints", {}), self._fingerprints, where=f"checkpoint {step} in {self._directory}"
     )
     return {"state": restored["state"], "data": held["data"] if "format" in held else held}, ""

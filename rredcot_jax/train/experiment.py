@@ -25,7 +25,7 @@ from rredcot_jax.model import decoder, tokenizer
 from rredcot_jax.model.config import Compute, ModelConfig, RopeScaling
 from rredcot_jax.ops.names import check_option
 from rredcot_jax.parallel import processes, sharding
-from rredcot_jax.train import checkpoint, differences, initial, train_step, validation
+from rredcot_jax.train import checkpoint, differences, fingerprints, initial, train_step, validation
 from rredcot_jax.train import workdir as workdir_lib
 
 
@@ -104,12 +104,12 @@ class Experiment:
       start: the path of the starting parameters; None is `initial_params`.
     """
     start = self.config.initial_params if start is None else start
-    prints = {"code": workdir_lib.hash_of_code(), **self._text_fingerprints}
-    own_code = workdir_lib.hash_of_own_code(self.config)
+    prints = {"code": fingerprints.of_code(), **self._text_fingerprints}
+    own_code = fingerprints.of_own_code(self.config)
     if own_code:
       prints["own code"] = own_code
     if start:
-      prints["start"] = workdir_lib.hash_of_files([initial.locate(start)])
+      prints["start"] = fingerprints.of_files([initial.locate(start)])
     for split in splits:
       task = self.train_task if split == "train" else self.held_out
       if hasattr(task, "fingerprint"):
@@ -121,7 +121,7 @@ class Experiment:
     """Of the tokenizer and of what ends a trace."""
     loaded = self.codec.tokenizer
     described = [loaded.backend_tokenizer.to_str(), loaded.chat_template if self.codec.chat else None]
-    hash_of = workdir_lib.hash_of_values
+    hash_of = fingerprints.of_values
     return {"tokenizer": hash_of(described), "ends": hash_of(self.codec.end_ids)}
 
   # ---- Model and meshes --------------------------------------------------------------------

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rredcot_jax.parallel import processes
-from rredcot_jax.train import workdir as workdir_lib
+from rredcot_jax.train import fingerprints
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the run.")
@@ -30,7 +30,7 @@ def join_processes(
     config, workdir: of the run; the processes compare them, and their code.
     check: raises ValueError where this process must not start; the others are told.
   """
-  facts = {"config": config.to_dict(), "workdir": str(workdir), "code": workdir_lib.hash_of_code()}
+  facts = {"config": config.to_dict(), "workdir": str(workdir), "code": fingerprints.of_code()}
   processes.start(
     coordinator=COORDINATOR.value, num_processes=NUM_PROCESSES.value, process_id=PROCESS_ID.value,
     detect=DISTRIBUTED.value, heartbeat_seconds=config.distributed.heartbeat_seconds,

@@ -21,8 +21,7 @@ from rredcot_jax.data.encoding import Codec
 from rredcot_jax.ops import composition, losses, types
 from rredcot_jax.parallel import processes, sharding
 from rredcot_jax.report import live
-from rredcot_jax.train import checkpoint, evaluation, metrics, preflight, trace_records, tracking
-from rredcot_jax.train import workdir as workdir_lib
+from rredcot_jax.train import checkpoint, evaluation, lease, metrics, preflight, trace_records, tracking
 from rredcot_jax.train.experiment import Experiment
 
 
@@ -31,7 +30,7 @@ def run(
   workdir: pathlib.Path,
   *,
   notice: processes.StopNotice | None = None,
-  claim: workdir_lib.Claim | None = None,
+  claim: lease.Claim | None = None,
 ) -> bool:
   """The whole of training; see the module's docstring.
 
@@ -62,7 +61,7 @@ def _train(
   tracker: tracking.Tracker | None,
   *,
   notice: processes.StopNotice | None,
-  claim: workdir_lib.Claim | None,
+  claim: lease.Claim | None,
 ) -> bool:
   """`run`, given what shows it and who else gets its metrics."""
   # ---- Task, tokenizer, model, layout ------------------------------------------------------
