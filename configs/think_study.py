@@ -3,8 +3,8 @@
     python experiments/credit_study.py --config configs/think_study.py --workdir runs/think-study
 
 The policy is the shipped warm start of configs/think.py. Ground truth is 512 rollouts of every
-distinct state of 2 traces in each of 24 groups of 8. The study takes about half an hour on 2 cores. The
-same command continues an interrupted study. `:small` is the same study of a few traces, which takes
+distinct state of 2 traces in each of 24 groups of 8. The same command continues an interrupted study.
+**Not run by us yet**: no figure of it is known. `:small` is the same study of a few traces, which takes
 minutes and shows what the page looks like.
 """
 

@@ -4,7 +4,7 @@
 
 The raw likelihood of a few references is far below the value of a state where other solutions are
 right too. The pairs (state, return of its trace) of the run have v(s) as their conditional mean, so a
-logistic regression on them estimates it (`ops.values.cross_fit`). The pairs are those of the last batches,
+logistic regression on them estimates it (`ops.values.fit_calibration`). The pairs are those of the last batches,
 kept in the train state, and of the other groups of this batch. A trace's own group never enters
 its values, so a value stays a function of the state. Nothing is generated.
 
@@ -66,14 +66,17 @@ def calibrated_values(
     jnp.logical_and(mask, jnp.isfinite(returns)[:, None]).reshape(-1),
   )  # fmt: skip
   both = jax.tree.map(lambda new, old: jnp.concatenate([new, old]), now, pairs)
-  # A pair is a trace of one state here, and the earlier ones fill whole groups.
   block = group_size * states
-  whole = jax.tree.map(lambda x: jnp.pad(x, [(0, -x.shape[0] % block)] + [(0, 0)] * (x.ndim - 1)), both)
-  fitted = values.cross_fit(
-    whole.log_p[:, None], whole.features[:, None], whole.returns, whole.used[:, None], group_size=block
-  )
-  kept = jax.tree.map(lambda x: x[: pairs.used.shape[0]], both)
-  return fitted[: batch * states, 0].reshape(batch, states), kept
+  group_of = jnp.arange(both.used.shape[0]) // block  # The earlier pairs are of groups that are not valued here.
+
+  def of_group(group: chex.Array) -> chex.Array:
+    others = jnp.logical_and(both.used, group_of != group)
+    coefficients = values.fit_calibration(both.log_p[:, None], both.features[:, None], both.returns, others[:, None])
+    take = lambda x: jax.lax.dynamic_slice_in_dim(x, group * block, block)
+    return values.calibrate(take(both.log_p), coefficients, take(both.features))
+
+  fitted = jax.lax.map(of_group, jnp.arange(batch // group_size))
+  return fitted.reshape(batch, states), jax.tree.map(lambda x: x[: pairs.used.shape[0]], both)
 
 
 class Calibrated(likelihood.Likelihood):
