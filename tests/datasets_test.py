@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers import write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -366,14 +367,6 @@ def test_only_the_files_of_a_split_are_read(corpus):
     make()
 
 
-def write_parquet(path, rows):
-  import pyarrow
-  import pyarrow.parquet
-
-  path.parent.mkdir(exist_ok=True)
-  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
 def test_parquet_gives_what_jsonl_gives(tmp_path, sample):
   rows = [json.loads(line) for line in (DATA / "numina_math_cot/test.jsonl").read_text().splitlines()]
   for shard, part in enumerate((rows[:1], rows[1:3], rows[3:])):
@@ -541,96 +534,6 @@ def test_a_restored_loader_goes_on(numbers):
 def test_a_batch_must_fit_the_task(numbers):
   with pytest.raises(ValueError, match="yields 20 prompts and a step needs 40"):
     batching.prompt_iterator(numbers, 40, 0)
-
-
-# ---- Files that are incomplete or large -------------------------------------------------------
-
-
-def write_shards(directory, names):
-  (directory / "gsm8k").mkdir(exist_ok=True)
-  for name in names:
-    (directory / "gsm8k" / name).write_text("{}\n")
-
-
-@pytest.mark.parametrize(
-  ("names", "message"),
-  [
-    (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], r"lacks 1 of its 3 shards: -00001-of-00003"),
-    (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"], r"several numberings: -of-00001 and -of-00002"),
-    (["train-00000-of-00001.jsonl", "train-1.jsonl"], r"several numberings: -of-00001 and another numbering"),
-    (
-      ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "train-0-of-2.jsonl"],
-      r"has more than once 1 of its 2 shards: -00000-of-00002",
-    ),
-    (["train-00000-of-00001-1a2b.jsonl", "train-00000-of-00001-3c4d.jsonl"], r"has more than once 1 of its 1 shards"),
-    (["train-00000-of-00002-1a2b.jsonl"], r"lacks 1 of its 2 shards: -00001-of-00002"),
-    (["train-00000-of-00001.jsonl", "train-00001-of-00001.jsonl"], r"beyond the last of 1 of its 1 shards: -00001"),
-    (["train-00000-of-00000.jsonl"], r"beyond the last of 1 of its 0 shards"),
-    (["train-00000-of-999999999999.jsonl"], r"beyond the last of 1 of its 999999999999 shards"),
-    (["train-1.jsonl", "train-3.jsonl"], r"lacks 1 of its 3 shards: -00002"),
-    (["train-0.jsonl", "train-2.jsonl"], r"lacks 1 of its 3 shards: -00001"),
-    (["train-0.jsonl", "train-00.jsonl"], r"has more than once 1 of its 1 shards"),
-  ],
-)
-def test_shards_that_are_no_whole_split_are_refused_by_name(tmp_path, names, message):
-  write_shards(tmp_path, names)
-  with pytest.raises(ValueError, match=message):
-    datasets.source_files(tmp_path, "gsm8k", "train")
-
-
-def test_names_of_files_can_be_shown(tmp_path):
-  (tmp_path / "math").mkdir()
-  for name in ("train-0\x1b[2J.jsonl", "x\x1b[2J", "y" * 200, "z" * 200, "w" * 200):
-    (tmp_path / "math" / name).write_text("{}")
-  with pytest.raises(FileNotFoundError, match=r"which holds .*\\x1b\[2J") as caught:
-    datasets.source_files(tmp_path, "math", "train")
-  assert str(caught.value).isprintable() and len(str(caught.value)) < 1_000
-
-
-def test_a_text_that_is_stored_once_for_many_rows_is_bounded(tmp_path, monkeypatch):
-  monkeypatch.setattr(datasets, "_MOST_UNPACKED", 10**6)
-  rows = [{"problem": f"{i}", "solution": "x" * 10**5, "answer": i} for i in range(30)]
-  write_parquet(tmp_path / "math/test.parquet", rows)
-  assert (tmp_path / "math/test.parquet").stat().st_size < 10**4
-  with pytest.raises(ValueError, match=r"test\.parquet, row 10: the rows up to here hold more than 1000000 characters"):
-    datasets.Dataset("math", split="eval", data_dir=tmp_path)
-  monkeypatch.setattr(datasets, "_MOST_UNPACKED", 10**7)
-  assert datasets.Dataset("math", split="eval", data_dir=tmp_path)[29].answer == "29"
-
-
-def test_all_shards_come_in_order(tmp_path):
-  for split, form, numbers in (
-    ("train", "-{:05d}-of-00012", range(12)), ("test", "-{}-of-12", range(12)), ("a", "-{}", range(1, 12)),
-    ("b", "-{}-of-2-1a", range(2)), ("c", "-{}", (2024, 2026)),
-  ):  # fmt: skip
-    names = [f"{split}{form.format(i)}.jsonl" for i in numbers]
-    write_shards(tmp_path, reversed(names))
-    assert [path.name for path in datasets.source_files(tmp_path, "gsm8k", split)] == names
-
-
-def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(datasets, "_MOST_ROW_BYTES", 100)
-  path = tmp_path / "train.jsonl"
-  path.write_text('{"a": 1}\n{"a": "' + "x" * 200 + '"}\n')
-  with pytest.raises(ValueError, match=r"line 2: the row has more than 100 bytes"):
-    list(datasets._jsonl_rows(path))
-
-
-def test_large_parquet_rows_are_held_a_few_at_a_time(tmp_path, monkeypatch):
-  import pyarrow
-  import pyarrow.parquet
-
-  path = tmp_path / "train.parquet"
-  rows = [{"question": str(i) + "x" * 10_000, "other": "y"} for i in range(64)]
-  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="none", use_dictionary=False)
-  monkeypatch.setattr(datasets, "_BATCH_BYTES", 50_000)
-  with pyarrow.parquet.ParquetFile(path) as file:
-    assert datasets._batch_rows(path, file.metadata, ["question"]) in (4, 5)
-    assert datasets._batch_rows(path, file.metadata, ["other"]) == 1024
-  assert [row.fields["question"] for row in datasets._parquet_rows(path, ["question"])] == [r["question"] for r in rows]
-  monkeypatch.setattr(datasets, "_MOST_GROUP_BYTES", 1000)
-  with pytest.raises(ValueError, match="row group 0 unpacks to"):
-    list(datasets._parquet_rows(path, ["question"]))
 
 
 def test_a_corpus_larger_than_tfds_buffer_is_prepared_without_tensorflow(tmp_path, monkeypatch):

@@ -231,3 +231,12 @@ def begin(path, *, metrics=(), checkpoints=()):
   for step in checkpoints:
     (path / "checkpoints" / str(step)).mkdir(parents=True)
   return path
+
+
+def write_parquet(path, rows):
+  """Writes rows as a Parquet file, with its directory."""
+  import pyarrow
+  import pyarrow.parquet
+
+  path.parent.mkdir(exist_ok=True)
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
