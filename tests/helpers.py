@@ -240,3 +240,39 @@ def write_parquet(path, rows):
 
   path.parent.mkdir(exist_ok=True)
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+# ---- Checkpoints of others -------------------------------------------------------------------
+
+
+def checkpoint_maker(tmp_path):
+  """What writes a case's directory, its config.json changed, its tensors edited."""
+  import make_parity_goldens as cases
+  import safetensors.numpy
+
+  def write(name="llama", edit=None, **changes):
+    directory = tmp_path / f"checkpoint{len(list(tmp_path.iterdir()))}"
+    directory.mkdir()
+    cases.write_case(name, directory)
+    config = {key: value for key, value in (cases.CASES[name] | changes).items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(config))
+    if edit:
+      tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+      edit(tensors)
+      safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    return directory
+
+  return write
+
+
+def assert_equal_trees(left, right):
+  jax.tree.map(np.testing.assert_array_equal, left, right)
+  assert jax.tree.map(lambda x: x.dtype, left) == jax.tree.map(lambda x: x.dtype, right)
+
+
+def tensors_of(directory):
+  """All tensors of a directory, whatever its shards."""
+  import safetensors.numpy
+
+  files = sorted(directory.glob("*.safetensors"))
+  return {name: array for file in files for name, array in safetensors.numpy.load_file(file).items()}
