@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_config
 
-from rredcot_jax.credit import assigner, likelihood, monte_carlo, source
+from rredcot_jax.credit import assigner, monte_carlo, source
 from rredcot_jax.credit.sources import SOURCES
 from rredcot_jax.data import batching, judging
 from rredcot_jax.model import scoring
@@ -194,19 +194,6 @@ def test_values_are_the_configured_form_at_the_sampling_temperature_of_the_confi
   some = np.asarray(traces.segments.mask) & ~decided
   np.testing.assert_allclose(np.asarray(assigned.credit.values)[:, :-1][some], np.asarray(expected)[some], rtol=1e-4)
   assert some.sum() > 4 and np.asarray(expected)[some].min() > 0
-
-
-def test_a_state_after_the_exit_without_a_completion_has_its_traces_return():
-  segments = types.Segments(
-    ends=np.array([[2, 5, 7], [2, 5, 7]]), segment_ids=None, num_segments=np.array([3, 3]), num_merged=np.zeros(2, int),
-    thought_end=np.array([3, 3]),
-  )  # fmt: skip
-  valid = np.array([[[True], [False], [False]], [[True], [False], [True]]])
-  bank = types.Completions(tokens=None, mask=None, scored=None, utilities=None, log_q=None, valid=valid)
-  estimated = np.full((2, 3), 0.25, np.float32)
-  found, sizes = likelihood.where_decided(estimated, np.full((2, 3), 4.0), segments, bank, np.array([1.0, 0.5]))
-  np.testing.assert_array_equal(found, [[0.25, 0.25, 1.0], [0.25, 0.25, 0.25]])
-  np.testing.assert_array_equal(sizes, [[4, 4, 1], [4, 4, 4]])
 
 
 def test_a_bank_is_made_with_the_options_of_the_setting():

@@ -71,6 +71,15 @@ def test_cut_distribution_by_hand():
   np.testing.assert_allclose(np.exp(sampling.sampling_log_probs(logits, temperature=0.5)), half / half.sum(), atol=1e-6)
 
 
+def test_exactly_k_tokens_are_kept():
+  equal = np.exp(sampling.sampling_log_probs(jnp.zeros(4), temperature=1.0, top_k=3))
+  np.testing.assert_allclose(equal, [1 / 3, 1 / 3, 1 / 3, 0], atol=1e-6)
+  # Within one program the k-th token is lost where it is compared with another rounding of itself.
+  logits = np.random.default_rng(0).normal(size=(4000, 13)).astype(np.float32)
+  jitted = jax.jit(lambda x: sampling.sampling_log_probs(x, temperature=0.7, top_k=10))
+  assert (np.isfinite(jitted(logits)).sum(axis=1) == 10).all()
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
   whole = draw()
   changed = PROMPTS.copy()

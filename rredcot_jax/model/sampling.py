@@ -35,8 +35,8 @@ def cut(log_probs: chex.Array, *, top_k: int = 0, top_p: float = 1.0) -> chex.Ar
   """The distribution without its unlikely tokens.
 
   `log_probs` is cut to the `top_k` likeliest tokens, then to the smallest set of likeliest tokens whose
-  probability reaches `top_p` (nucleus sampling, arXiv 1904.09751), renormalised after each cut. Ties at
-  the top-k threshold are all kept.
+  probability reaches `top_p` (nucleus sampling, arXiv 1904.09751), renormalised after each cut. Of tokens
+  that are equally likely, the lower ids are kept.
 
   Args:
     log_probs: [..., V] float32, normalised, in nats.
@@ -55,8 +55,10 @@ def cut(log_probs: chex.Array, *, top_k: int = 0, top_p: float = 1.0) -> chex.Ar
   if not 0 <= top_k <= vocab_size:
     raise ValueError(f"top_k={top_k} must lie in [0, {vocab_size}] (the vocabulary); 0 turns it off.")
   if top_k:
-    threshold = jax.lax.top_k(log_probs, top_k)[0][..., -1:]
-    log_probs = jax.nn.log_softmax(jnp.where(log_probs >= threshold, log_probs, -jnp.inf), axis=-1)
+    # By index: a comparison with the k-th value fails where XLA computes the log-probabilities once more for it.
+    places = jax.lax.top_k(log_probs, top_k)[1]
+    kept = jnp.put_along_axis(jnp.zeros(log_probs.shape, bool), places, True, axis=-1, inplace=False)
+    log_probs = jax.nn.log_softmax(jnp.where(kept, log_probs, -jnp.inf), axis=-1)
   if top_p < 1:
     order = jnp.argsort(-log_probs, axis=-1)
     sorted_probs = jnp.exp(jnp.take_along_axis(log_probs, order, axis=-1))

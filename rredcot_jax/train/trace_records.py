@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from rredcot_jax.data import tasks
 from rredcot_jax.data.encoding import Codec
 from rredcot_jax.ops import types
@@ -19,6 +21,7 @@ def trace_record(
 ) -> dict[str, Any]:
   """The record of one trace; fields of one row, on the host."""
   length, num_segments = int(rollout.mask.sum()), int(segments.num_segments)
+  starts = np.asarray(segments.starts)[:num_segments]  # On the host: a slice on a device compiles for each number.
   texts = [codec.decode([token]) for token in rollout.tokens[:length].tolist()]
   wrong = None
   line = tasks.first_wrong_step(task, example, "".join(texts))
@@ -34,7 +37,7 @@ def trace_record(
     "values": credit.values[: num_segments + 1].tolist(),
     "rewards": credit.rewards[:num_segments].tolist(),
     "advantages": credit.advantages[:length].tolist(),
-    "entropies": rollout.entropy[segments.starts[:num_segments]].tolist(),
+    "entropies": rollout.entropy[starts].tolist(),
     "return": float(return_),
     "answer": example.answer,
     "first_wrong_segment": wrong,
