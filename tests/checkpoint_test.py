@@ -1,5 +1,6 @@
 """Checkpoints: what is restored is what was saved, bit by bit, or is named and passed over."""
 
+import errno
 import json
 import logging
 import os
@@ -7,6 +8,8 @@ import pathlib
 import random
 import re
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -236,6 +239,32 @@ def test_what_reads_back_as_something_else_is_no_checkpoint(saved, tmp_path, mon
 
 
 # ---- Another run's ---------------------------------------------------------------------------
+
+
+def test_half_written_files_are_removed_although_another_thread_still_writes_them(tmp_path, monkeypatch):
+  saver = checkpoint.Checkpointer(tmp_path / "checkpoints", on_failure="continue")
+  half = tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp"
+  begun = threading.Event()
+
+  def write():
+    for number in range(100):
+      half.mkdir(exist_ok=True)
+      (half / f"{number}").touch()
+      begun.set()
+      time.sleep(0.002)
+
+  writer = threading.Thread(target=write)
+
+  def fail(*_, **__):
+    writer.start()
+    begun.wait()
+    raise OSError(errno.ENOSPC, "")
+
+  monkeypatch.setattr(saver._manager, "save", fail)
+  saver.save(1, STATE, {})
+  writer.join()
+  assert saver.num_failed == 1 and not list((tmp_path / "checkpoints").iterdir())
+  saver.close()
 
 
 def test_fingerprints_are_kept_and_compared(tmp_path, caplog):

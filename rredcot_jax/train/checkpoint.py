@@ -25,6 +25,7 @@ from rredcot_jax.train import fingerprints, manifest
 from rredcot_jax.train import workdir as workdir_lib
 
 ON_FAILURE = ("stop", "continue")
+_REMOVAL_SECONDS = 2.0  # For Orbax's threads to stop writing what has failed.
 _FORMAT = 1  # Of the data beside the state; see `Checkpointer.save`.
 
 
@@ -260,9 +261,7 @@ class Checkpointer:
     step, self._saving = self._saving, None
     self.num_failed += 1
     if processes.is_main():
-      # Its half-written files take disk space that the next one needs.
-      for path in self._directory.glob(f"{step}.*"):
-        shutil.rmtree(path, ignore_errors=True)
+      self._remove_half_written(step)
     self._manager.reload()
     good = self.last_good
     message = (
@@ -275,6 +274,14 @@ class Checkpointer:
         f"{message} and run the same command again; or set checkpoint.on_failure=continue, to go on without it."
       ) from error
     logging.error("%s: the run goes on without it.", message)
+
+  def _remove_half_written(self, step: int | None) -> None:
+    """Its files take disk space that the next one needs. Other threads may still write them for a moment."""
+    end = time.monotonic() + _REMOVAL_SECONDS
+    while (left := list(self._directory.glob(f"{step}.*"))) and time.monotonic() < end:
+      for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+      time.sleep(0.02)
 
   def _advice(self, error: Exception) -> str:
     return workdir_lib.advice(_system_error(error) or OSError(0, ""), self._directory)
