@@ -16,8 +16,9 @@ on AIME 2024 and 83.9 on MATH-500, with 32,768 tokens, temperature 0.6 and top_p
 configuration has 1,024 tokens and temperature 1.0, so most traces are truncated. Expect far less
 before training, and do not read the paper's figures as this evaluation's. To check the model
 against the report, use `--config.rollout.max_tokens=32768 --config.rollout.temperature=0.6
---config.rollout.top_p=0.95 --config.evaluation.rows=16`. Group, batch, segmentation, learning rate
-and bank are our choice, because the summaries of the paper do not give them.
+--config.rollout.top_p=0.95 --config.evaluation.rows=16`. Group, batch, k_max, learning rate, form
+and mode are our choice, because the summaries of the paper do not give them; docs/method.md,
+section 10, says of each choice whose it is. `bank=answer` is 16 times cheaper to score.
 
 Memory, by arithmetic (1,777,088,000 parameters, 64 rows of 1,024 + 1,024 tokens,
 fsdp = 8, so 8 rows a chip; parameters and optimizer float32, the rest bfloat16):
@@ -36,7 +37,7 @@ from rredcot_jax.ops.banks import BANKS as _ALL_BANKS
 from rredcot_jax.train.config import default_config, options_of, set_model
 
 METHODS = ("rredcot", "grpo")
-BANKS = ("answer", *(bank for bank in _ALL_BANKS if bank != "answer"))
+BANKS = ("solutions", *(bank for bank in _ALL_BANKS if bank != "solutions"))
 BENCHMARKS = {"math500": 500, "amc23": 40, "minerva": 272, "aime": 30}  # Prompts; 30 is one year's AIME.
 
 _MODEL = "checkpoints/DeepSeek-R1-Distill-Qwen-1.5B"
@@ -49,7 +50,7 @@ _TASK_OPTIONS = {
 def get_config(arg: str = "rredcot") -> ConfigDict:
   """Builds the configuration.
 
-  Options: method (rredcot, grpo), bank (answer, solution, solutions, suffix, rollouts, own),
+  Options: method (rredcot, grpo), bank (solutions, answer, solution, suffix, rollouts, own),
   eval (math500, amc23, minerva, aime).
   """
   options = options_of(arg, {"method": METHODS, "bank": BANKS, "eval": tuple(BENCHMARKS)})
@@ -71,6 +72,8 @@ def get_config(arg: str = "rredcot") -> ConfigDict:
   if options["method"] == "rredcot":
     config.credit.mode = "signed"
     config.credit.bank = options["bank"]
+    config.credit.bank_size = 4 if options["bank"] in ("rollouts", "own") else 1  # The corpus has one solution a row.
+    config.credit.initial_value = "first_segment"  # So that sum_k r_k = R, as the paper states it.
     if options["bank"] != "rollouts":
       # After </think> the model tends to write a summary and a box, so the likelihood of a bare reference is tiny. The
       # step from it to R would give a correct trace's credit to its last segment. A mean over tokens is not tiny.

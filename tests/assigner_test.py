@@ -210,8 +210,18 @@ def test_a_bank_is_made_with_the_options_of_the_setting():
   assert short.num_dropped > 1
   metrics = source.bank_metrics(batch()[0].setting, short)
   assert int(metrics["dropped_completions"]) == short.num_dropped and float(metrics["fallback_rows"]) == 1
-  size = dataclasses.replace(batch()[0].setting, bank=source.BankOptions("rollouts", max_tokens=S, size=3))
-  assert size.make_bank(traces).completions.valid.shape[2] == 3
+  assert make(bank="rollouts", bank_size=3).completions.valid.shape[2] == 3
+
+
+def test_the_solutions_bank_has_no_room_for_more_than_the_task_has():
+  _, _, traces = batch()
+  setting = Experiment(config_with(source="scoring", mode="difference", bank="solutions", bank_size=3)).setting
+  few = lambda most, **options: dataclasses.replace(
+    setting, task=SimpleNamespace(max_solutions=most, aligned=True), bank=dataclasses.replace(setting.bank, **options)
+  )
+  room = lambda setting: setting.make_bank(traces).completions.valid.shape[2]
+  assert [room(few(1)), room(few(2)), room(few(9)), room(setting)] == [1, 2, 3, 3]
+  assert room(few(1, name="rollouts")) == room(few(1, fallback=lambda inputs: ())) == 3
 
 
 def test_a_task_that_does_not_say_so_is_not_aligned(monkeypatch):

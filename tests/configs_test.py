@@ -194,6 +194,18 @@ def test_docstrings_figures_are_the_configurations(name):
   assert "Not run by us" in text
 
 
+@pytest.mark.parametrize("name", ["qwen3_4b_numina_math", "r1_distill_1p5b_open_rs"])
+def test_credit_of_the_papers_settings_is_the_papers_where_it_is_known(name):
+  config = load(name).get_config()
+  held = {key: config.credit[key] for key in ("bank", "bank_size", "scored", "initial_value", "mode", "form")}
+  assert held == {
+    "bank": "solutions", "bank_size": 1, "scored": "body", "initial_value": "first_segment", "mode": "signed",
+    "form": "length_normalised",
+  }  # fmt: skip
+  assert (config.segmentation.method, config.segmentation.after_exit) == ("hybrid", "one")
+  assert load(name).get_config("bank=rollouts").credit.bank_size == 4
+
+
 @pytest.mark.parametrize("benchmark", ["math500", "amc23", "minerva", "aime"])
 @pytest.mark.parametrize("name", ["qwen3_4b_numina_math", "r1_distill_1p5b_open_rs"])
 def test_the_chosen_benchmark_is_what_is_held_out(name, benchmark):

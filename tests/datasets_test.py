@@ -421,6 +421,76 @@ def test_hostile_questions_come_through_unchanged(corpus):
   assert ids.count(open_) == 1 and ids[-1] == open_ and close not in ids and codec.eos_id not in ids
 
 
+# ---- Several reference solutions ---------------------------------------------------------
+
+
+def solutions_of(example):
+  return ["".join(steps) for steps in (example.steps, *example.solutions)]
+
+
+FIELDS = {"question": "q", "solution": "worked", "answer": "final"}
+WORKED = {
+  "two": (["Add.\nThree.", "Count: 3."], ["Add.\nThree.\n", "Count: 3.\n"]),
+  "one": (["Add."], ["Add.\n"]),
+  "a blank one": (["", "Add."], ["Add.\n"]),
+  "text": ("Add.", ["Add.\n"]),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", WORKED)
+def test_a_list_of_solutions_is_several_references(tmp_path, kind, suffix):
+  worked, expected = WORKED[kind]
+  row = {"q": "1 + 2?", "worked": worked, "final": "3"}
+  (tmp_path / "mine").mkdir()
+  path = tmp_path / "mine" / f"test.{suffix}"
+  if suffix == "parquet":
+    write_parquet(path, [row])
+  else:
+    path.write_text(json.dumps(row))
+  task = datasets.Dataset("mine", split="eval", data_dir=tmp_path, fields=FIELDS)
+  assert solutions_of(task[0]) == expected and task.max_solutions == len(expected)
+
+
+def test_the_answer_is_derived_from_the_first_of_several_solutions(corpus):
+  rows = [{"problem": "1 + 2?", "solution": ["So \\boxed{3}.", "Or \\boxed{three}."]}]
+  example = corpus("math", rows)()[0]
+  assert example.answer == "3" and len(example.solutions) == 1
+  example = corpus("gsm8k", [{"question": "1 + 2?", "answer": ["a <<1+2=3>>\n#### 3", "b\n#### 3"]}])()[0]
+  assert (example.answer, solutions_of(example)) == ("3", ["a \n", "b\n"])
+
+
+@pytest.mark.parametrize(
+  ("worked", "message"),
+  [
+    ([], "no value in a field 'worked'"),
+    ([None], "holds a null"),
+    (["a", 3], "is no text: 3"),
+    ([["a"]], "is no text"),
+  ],
+)
+def test_a_wrong_list_of_solutions_is_an_error_that_names_file_and_line(corpus, worked, message):
+  make = corpus("mine", [{"q": "1 + 2?", "worked": worked, "final": "3"}])
+  with pytest.raises(ValueError, match=f"test.jsonl, line 1: .*{message}"):
+    make(fields=FIELDS)
+
+
+def test_rows_of_one_question_are_one_example_if_asked(corpus):
+  row = lambda q, worked, final="3": {"q": q, "worked": worked, "final": final}
+  rows = [
+    row("1 + 2?", "a"), row("2 + 2?", "b", "4"), row("1  +\n2?", "c"), row("1 + 2?", "a"), row("1 + 2?", "d", "4"),
+    row("1 + 2?", ["e", "c"], "3.0"),
+  ]  # fmt: skip
+  make = corpus("mine", rows)
+  apart, task = make(fields=FIELDS), make(fields=FIELDS, group_questions=True)
+  assert len(apart) == 6 and apart.max_solutions == 2
+  assert [solutions_of(task[i]) for i in range(len(task))] == [["a\n", "c\n", "e\n"], ["b\n"]]
+  assert [example.answer for example in task] == ["3", "4"] and task.max_solutions == 3
+  assert task[0].entry == {"source": "test.jsonl, line 1"}
+  assert task.counts == {"rows": 6, "without_answer": 0, "other_split": 0, "grouped": 3, "other_answer": 1}
+  assert task.fingerprint != apart.fingerprint
+
+
 # ---- The cache ---------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ class BankOptions:
   form: str = "plain"  # values.FORMS, or "package.module:function".
   scored: str = "all"  # Which tokens count, banks.SCORED; "body" leaves out the exit.
   fallback: str = "uniform"  # For rows whose own bank is empty: banks.FALLBACKS.
-  size: int = 4  # Most completions a state, for banks that hold more than the reference.
+  size: int = 4  # N, the most completions of a state, for banks that hold more than the reference.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,12 @@ class Setting:
   def generation(self) -> dict[str, Any]:
     """Keyword arguments of `continuations.generate_from_states`."""
     return dict(self.sampling) | {"eos_id": self.codec.end_ids, "pad_id": self.codec.pad_id}
+
+  @property
+  def bank_size(self) -> int:
+    """N: that of the options, or the most solutions that an example has where the bank holds nothing else."""
+    alone = self.bank.name == "solutions" and self.bank.fallback in banks.FALLBACKS
+    return min(self.bank.size, getattr(self.task, "max_solutions", self.bank.size)) if alone else self.bank.size
 
   def make_bank(self, batch: "Batch") -> banks.Bank:
     """The configured bank of this process's rows, on the host."""
@@ -94,7 +100,7 @@ class Setting:
     references = [self.codec.reference(example, aligned=aligned) for example in examples]
     return banks.make_bank(
       self.bank.name, references, traces, segments, returns, self.codec.tables.newlines,
-      group_size=self.group_size, bank_size=self.bank.size, max_tokens=self.bank.max_tokens,
+      group_size=self.group_size, bank_size=self.bank_size, max_tokens=self.bank.max_tokens,
       scored=self.bank.scored, fallback=self.bank.fallback, with_failures=self.bank.form == "self_normalised",
     )  # fmt: skip
 

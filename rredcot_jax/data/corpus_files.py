@@ -129,16 +129,18 @@ def _parquet_rows(path: pathlib.Path, columns: Collection[str]) -> Iterator[Row]
   try:
     with pyarrow.parquet.ParquetFile(path) as whole:
       names = whole.schema_arrow.names
+      stored = [whole.schema.column(i).path for i in range(len(whole.schema))]  # "a.list.element" of a list `a`.
     chosen = [name for name in names if name in columns]
+    leaves = [path for path in stored if _column_of(path, names) in columns]
     # Text that is stored once for many rows stays so, until its row is made.
-    with pyarrow.parquet.ParquetFile(path, read_dictionary=chosen) as file:
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=leaves) as file:
       number, size, most = 0, 0, max(_MOST_UNPACKED, _MOST_TIMES * path.stat().st_size)
-      for batch in file.iter_batches(batch_size=_batch_rows(path, file.metadata, chosen), columns=chosen):
+      for batch in file.iter_batches(batch_size=_batch_rows(path, file.metadata, leaves), columns=chosen):
         held = dict(zip(chosen, batch.columns))
         for place in range(batch.num_rows):
           fields = {name: column[place].as_py() for name, column in held.items()}
           number += 1
-          size += sum(len(value) for value in fields.values() if isinstance(value, str))
+          size += sum(map(_num_characters, fields.values()))
           if size > most:
             raise ValueError(
               f"{path}, row {number}: the rows up to here hold more than {most} characters, and the file has "
@@ -149,8 +151,19 @@ def _parquet_rows(path: pathlib.Path, columns: Collection[str]) -> Iterator[Row]
     raise ValueError(f"{path}: this is no Parquet file that can be read: {error}") from error
 
 
-def _batch_rows(path: pathlib.Path, metadata: Any, columns: Collection[str]) -> int:
-  """How many rows of a Parquet file to hold at once, so that they take about `_BATCH_BYTES`.
+def _column_of(path: str, names: Collection[str]) -> str:
+  """The column that a stored path belongs to: itself, or what comes before `.list.element`."""
+  return path if path in names else path.partition(".")[0]
+
+
+def _num_characters(value: Any) -> int:
+  if isinstance(value, list):
+    return sum(map(_num_characters, value))
+  return len(value) if isinstance(value, str) else 0
+
+
+def _batch_rows(path: pathlib.Path, metadata: Any, leaves: Collection[str]) -> int:
+  """How many rows of a Parquet file to hold at once, so that their `leaves` take about `_BATCH_BYTES`.
 
   Raises:
     ValueError: if one row group is larger than `_MOST_GROUP_BYTES`, because it is unpacked as a whole.
@@ -159,7 +172,7 @@ def _batch_rows(path: pathlib.Path, metadata: Any, columns: Collection[str]) -> 
   for index in range(metadata.num_row_groups):
     group = metadata.row_group(index)
     parts = (group.column(i) for i in range(group.num_columns))
-    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns)
+    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema in leaves)
     if size > _MOST_GROUP_BYTES:
       raise ValueError(
         f"{path}: row group {index} unpacks to {size} bytes and the most is {_MOST_GROUP_BYTES}: write the file with "

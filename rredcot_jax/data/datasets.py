@@ -7,6 +7,10 @@ written once, as ArrayRecord, by a TFDS builder into a cache whose key holds a
 hash of their contents, so that a changed file is a new cache; the cache may be
 deleted at any time that no run uses it. TensorFlow is not needed.
 
+References. A solution field that is a list of texts holds several reference
+solutions of one answer. With `group_questions` the rows of one question are one
+example with a reference solution from each.
+
 Splits. "train" and "eval" never share a question, up to white space:
   - a corpus with files for both: "eval" is all of `eval_file`; "train" is
     `train_file` without the questions that are also in `eval_file`;
@@ -27,6 +31,7 @@ import dataclasses
 import decimal
 import hashlib
 import io
+import json
 import logging
 import math
 import operator
@@ -160,6 +165,9 @@ class Dataset:
       `verifiers.composite`.
     skip_without_answer: leaves rows without a usable answer out, logging how many,
       instead of raising.
+    group_questions: makes one example of all rows of a question, up to white space, with a reference
+      solution from each; the first row's answer counts, and a row whose answer the matcher does not
+      accept for it is left out. Its `source` is the first row's.
     aligned: whether the model was trained to think as the reference solutions are written, line by line.
     limit: at most so many examples, the first in the file's order; None for all.
     cache_dir: where the ArrayRecord files go; `<data_dir>/.tfds` if None.
@@ -167,7 +175,9 @@ class Dataset:
       within \\boxed{}."; a line of its own after every question, "" for none.
 
   Attributes:
-    counts: rows read for this split, `without_answer` and in the `other_split`.
+    counts: rows read for this split, `without_answer`, in the `other_split`, and, with `group_questions`,
+      rows `grouped` into an earlier one and of an `other_answer`.
+    max_solutions: the most reference solutions of an example.
 
   Raises:
     FileNotFoundError: naming what was looked for and what is there.
@@ -188,6 +198,7 @@ class Dataset:
     matcher: str = "math",
     format_weight: float = 0.0,
     skip_without_answer: bool = False,
+    group_questions: bool = False,
     aligned: bool = False,
     limit: int | None = None,
     cache_dir: str | pathlib.Path | None = None,
@@ -206,12 +217,14 @@ class Dataset:
       eval_file=eval_file,
       matcher=matcher,
       skip_without_answer=skip_without_answer,
+      group_questions=group_questions,
       cache_dir=cache_dir,
     )
     self.name = f"dataset/{dataset}"
     self.aligned = aligned
     self.fingerprint: str = builder.builder_config.name.rpartition("-")[2]  # Of the files' contents.
     self.counts: dict[str, int] = dict(builder.info.metadata)
+    self.max_solutions: int = self.counts.pop("max_solutions")
     self._match = names.resolve("task.options.matcher", matcher, verifiers.VERIFIERS)
     self._format_weight = format_weight
     self._after_question = f"\n{instruction}" if instruction else ""
@@ -239,9 +252,9 @@ class Dataset:
     if not 0 <= index < self._size:
       raise IndexError(f"Example {index} of {self.name}, which has {self._size}.")
     record = {name: value.decode() for name, value in self._source[index].items()}
-    steps = solution_steps(record["solution"])
+    first, *others = map(solution_steps, json.loads(record["solutions"]))
     question = record["question"] + self._after_question
-    return Example(question, steps, record["answer"], {"source": record["source"]})
+    return Example(question, first, record["answer"], {"source": record["source"]}, tuple(others))
 
   def reward(self, example: Example, text: str) -> float:
     """See `Task.reward`."""
@@ -270,19 +283,20 @@ def solution_steps(solution: str) -> tuple[str, ...]:
 # ---- Rows --------------------------------------------------------------------------------
 
 
-def _parse(schema: Schema, row: corpus_files.Row, match: Callable[[str, str], float]) -> dict[str, str]:
-  """The texts of a row: question, solution (may be ""), answer and source.
+def _parse(schema: Schema, row: corpus_files.Row, match: Callable[[str, str], float]) -> dict[str, Any]:
+  """The texts of a row: question, solutions (at least one, which may be ""), answer and source.
 
   Raises:
     RowWithoutAnswerError: if it has none, or one that `match` does not accept as itself.
     ValueError: if a field is missing or is no text.
   """
   question = _question(schema, row)
-  solution, answer = _solution(schema, row), _answer(schema, row)
+  solutions, answer = _solutions(schema, row), _answer(schema, row)
   if not answer and schema.derive == "####":
-    solution, answer = _marked_answer(row, _CALCULATOR.sub("", solution))
+    parts = [_marked_answer(row, _CALCULATOR.sub("", solution)) for solution in solutions]
+    solutions, answer = [solution for solution, _ in parts], parts[0][1]
   elif not answer and schema.derive == "boxed":
-    answer = verifiers.gold_answer_from_solution(solution) or ""
+    answer = verifiers.gold_answer_from_solution(solutions[0]) or ""
     if not answer:
       raise RowWithoutAnswerError(f"{row}: the row has no answer: its solution has no \\boxed{{...}}.")
   elif not answer:
@@ -293,7 +307,7 @@ def _parse(schema: Schema, row: corpus_files.Row, match: Callable[[str, str], fl
     raise RowWithoutAnswerError(
       f"{row}: the row has no answer that can be rewarded: the matcher rejects its gold answer {answer[:80]!r}."
     )
-  return {"question": question, "solution": solution, "answer": answer, "source": f"{row.path.name}, {row.where}"}
+  return {"question": question, "solutions": solutions, "answer": answer, "source": f"{row.path.name}, {row.where}"}
 
 
 def _question(schema: Schema, row: corpus_files.Row) -> str:
@@ -305,11 +319,21 @@ def _question(schema: Schema, row: corpus_files.Row) -> str:
   return question
 
 
-def _solution(schema: Schema, row: corpus_files.Row) -> str:
-  solution = _text(row, schema.solution)
-  if solution is None and not schema.solution_optional:
+def _solutions(schema: Schema, row: corpus_files.Row) -> list[str]:
+  """The reference solutions of a row, the first one first; [""] where there is none and none is needed."""
+  name = next((name for name in schema.solution if row.fields.get(name) is not None), "")
+  held = row.fields.get(name)
+  if isinstance(held, list):
+    found = [_text(dataclasses.replace(row, fields={name: one}), (name,)) for one in held]
+    if None in found:
+      raise ValueError(f"{row}: field {name!r} holds a null among its solutions.")
+    solutions = [one for one in found if one]
+  else:
+    text = _text(row, schema.solution)
+    solutions = [] if text is None else [text]
+  if not solutions and not schema.solution_optional:
     raise ValueError(_missing(row, schema.solution))
-  return solution or ""
+  return solutions or [""]
 
 
 def _answer(schema: Schema, row: corpus_files.Row) -> str:
@@ -378,19 +402,20 @@ class CorpusConfig(tfds.core.BuilderConfig):
   divide: bool  # Whether a row is in only if its hash says `split`.
   matcher: str
   skip_without_answer: bool
+  group_questions: bool
 
 
 class Corpus(tfds.core.GeneratorBasedBuilder):
-  """One split of a corpus, in the order of its files: question, solution, answer, source."""
+  """One split of a corpus, in the order of its files: question, solutions (a JSON list), answer, source."""
 
   # Raise it whenever a row would be read otherwise than before: caches of other versions are not used.
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("2.0.0")
 
   # No checksums, as nothing is downloaded. TFDS would look for their file with a package that it does not install.
   url_infos: ClassVar[dict[str, Any]] = {}
 
   def _info(self) -> tfds.core.DatasetInfo:
-    fields = ("question", "solution", "answer", "source")
+    fields = ("question", "solutions", "answer", "source")
     return tfds.core.DatasetInfo(
       builder=self,
       features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in fields}),
@@ -409,6 +434,10 @@ class Corpus(tfds.core.GeneratorBasedBuilder):
     columns = {*schema.question, *schema.solution, *schema.answer}
     held_out = {_key(_question(schema, row)) for row in corpus_files.rows(config.held_out, set(schema.question))}
     counts = {"rows": 0, "without_answer": 0, "other_split": 0}
+    grouped: dict[str, dict[str, Any]] = {}
+    if config.group_questions:
+      counts |= {"grouped": 0, "other_answer": 0}
+    most = 0
     for number, row in enumerate(corpus_files.rows(config.files, columns)):
       counts["rows"] += 1
       key = _key(_question(schema, row))
@@ -422,14 +451,31 @@ class Corpus(tfds.core.GeneratorBasedBuilder):
           raise
         counts["without_answer"] += 1
         continue
-      yield number, record
-    self.info.metadata.update(counts)
+      most = max(most, len(record["solutions"]))
+      if not config.group_questions:
+        yield number, _stored(record)
+      elif key not in grouped:
+        grouped[key] = record
+      elif match(THINK_CLOSE + record["answer"], grouped[key]["answer"]) != 1.0:
+        counts["other_answer"] += 1
+      else:
+        counts["grouped"] += 1
+        known = grouped[key]["solutions"]
+        known += [one for one in record["solutions"] if one not in known]
+    for number, record in enumerate(grouped.values()):
+      most = max(most, len(record["solutions"]))
+      yield number, _stored(record)
+    self.info.metadata.update(counts, max_solutions=most)
     if counts["rows"] == counts["without_answer"] + counts["other_split"]:
       raise ValueError(
         f"A task that yields no prompt for split {config.split!r}: of {counts['rows']} rows in "
         f"{', '.join(config.files)}, {counts['without_answer']} have no usable answer and {counts['other_split']} "
         "belong to the other split."
       )
+
+
+def _stored(record: Mapping[str, Any]) -> dict[str, str]:
+  return {**record, "solutions": json.dumps(record["solutions"])}
 
 
 def prepare(
@@ -442,6 +488,7 @@ def prepare(
   eval_file: str | None = None,
   matcher: str = "math",
   skip_without_answer: bool = False,
+  group_questions: bool = False,
   cache_dir: str | pathlib.Path | None = None,
 ) -> Corpus:
   """The TFDS builder of one split, its cache written; `as_data_source(split=split)` reads it.
@@ -474,6 +521,7 @@ def prepare(
     divide=divide,
     matcher=matcher,
     skip_without_answer=skip_without_answer,
+    group_questions=group_questions,
   )
   config.name = f"{dataset}-{split}-{_fingerprint(config)}"
   cache = pathlib.Path(data_dir) / ".tfds" if cache_dir is None else pathlib.Path(cache_dir)
@@ -500,7 +548,14 @@ def _paths(data_dir: str | pathlib.Path, dataset: str, file_split: str) -> tuple
 def _fingerprint(config: CorpusConfig) -> str:
   """A hash of the files' names and contents and of how they are read; not of where they lie."""
   digest = hashlib.blake2b(digest_size=8)
-  read = (config.schema, config.split, config.divide, config.matcher, config.skip_without_answer)
+  read = (
+    config.schema,
+    config.split,
+    config.divide,
+    config.matcher,
+    config.skip_without_answer,
+    config.group_questions,
+  )
   digest.update(repr(read).encode())
   for role, paths in (("files", config.files), ("held_out", config.held_out)):
     for path in paths:

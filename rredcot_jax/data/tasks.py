@@ -35,6 +35,8 @@ class Task(Protocol):
     `fingerprint: str`, a hash of the examples, where they come from files: a run is not resumed with another one.
     `aligned: bool`, whether a thought follows the reference solution line by line, so that the `suffix` bank can go
       on with the reference from where a thought stands; False where it is missing.
+    `max_solutions: int`, the most reference solutions of an example, so that no room is made for more; where it is
+      missing there is room for `credit.bank_size`.
   """
 
   name: str

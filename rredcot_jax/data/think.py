@@ -49,6 +49,7 @@ class Think(Chain):
 
   name = "think"
   aligned = False
+  max_solutions = len(STYLES)
 
   def __init__(self, *, split: str, size: int = 1 << 20, num_steps: int = 6, seed: int = 0, **rates: Any):
     """

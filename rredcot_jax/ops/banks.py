@@ -296,6 +296,12 @@ _SINGLE = (answer, solution, suffix, _nothing)
 _ALIKE = (answer, solution, solutions, _nothing)
 
 
+def num_completions(bank: str | BankFunction, fallback: str | BankFunction, bank_size: int) -> int:
+  """N, the completions that a state has room for: 1 where both banks hold one, else `bank_size`."""
+  both = (names.resolve("bank", bank, _BANKS), names.resolve("fallback", fallback, _FALLBACKS))
+  return 1 if set(both) <= set(_SINGLE) else bank_size
+
+
 # ---- Making a bank ---------------------------------------------------------------------------
 
 
@@ -367,7 +373,7 @@ def make_bank(
     newlines=newlines, group_size=group_size, bank_size=bank_size, max_tokens=max_tokens, with_failures=with_failures,
     rows=range(batch), shared=shared, bank=names.label(name),
   )  # fmt: skip
-  n = 1 if bank in _SINGLE and spare in _SINGLE else bank_size
+  n = num_completions(name, fallback, bank_size)
   builder = _Builder(batch, 1 if segments is None or shared else np.shape(segments.ends)[1], n, max_tokens, scored)
   builder.fill(bank(inputs), inputs)
   empty = ~builder.useful()

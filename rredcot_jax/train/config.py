@@ -81,6 +81,7 @@ def default_config() -> ConfigDict:
   config.credit.source = "scoring"
   config.credit.options = ConfigDict()  # Passed to the source's class; a config file may add keys.
   config.credit.bank = "answer"  # banks.BANKS, or "package.module:function".
+  config.credit.bank_size = 4  # N, the most completions of a state; answer, solution and suffix have one.
   config.credit.max_completion_tokens = 56  # Room for a completion; longer ones are left out, and counted.
   config.credit.scored = "all"  # Which of its tokens count, banks.SCORED; "body" leaves out the exit.
   config.credit.fallback = "uniform"  # Where the rollouts bank is empty: "uniform", or a reference bank's name.

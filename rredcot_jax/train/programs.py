@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rredcot_jax.credit import likelihood
-from rredcot_jax.credit.source import BankOptions
 from rredcot_jax.model import decoder, sampling
 from rredcot_jax.model.config import ModelConfig
-from rredcot_jax.ops import composition, types
+from rredcot_jax.ops import banks, composition, types
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train import train_step
 from rredcot_jax.train.experiment import Experiment, loss_options
@@ -93,11 +92,9 @@ def _abstract_rollout(config: ConfigDict, model: ModelConfig, mesh: Any) -> tupl
   )  # fmt: skip
   segments = types.Segments(
     ends=array(jnp.int32, k), segment_ids=array(jnp.int32, room), num_segments=array(jnp.int32),
-    num_merged=array(jnp.int32),
+    num_merged=array(jnp.int32), thought_end=array(jnp.int32),
   )  # fmt: skip
-  rollouts = config.credit.bank == "rollouts"
-  states = k if rollouts or config.credit.bank == "suffix" else 1
-  each = (states, BankOptions().size if rollouts else 1)
+  each = (k, banks.num_completions(config.credit.bank, config.credit.fallback, config.credit.bank_size))
   tokens = (*each, config.credit.max_completion_tokens)
   bank = types.Completions(
     tokens=array(jnp.int32, *tokens), mask=array(bool, *tokens), scored=array(bool, *tokens),

@@ -56,6 +56,7 @@ _WHOLE: Mapping[str, tuple[int, int]] = {
   "rollout.top_k": (0, 2**31 - 1),
   "segmentation.k_max": _POSITIVE,
   "segmentation.stride": _POSITIVE,
+  "credit.bank_size": _POSITIVE,
   "credit.max_completion_tokens": _POSITIVE,
   "credit.chunk_size": (0, 2**31 - 1),
   "loss.updates_per_rollout": _POSITIVE,
@@ -127,7 +128,7 @@ def bank_options(config: ConfigDict) -> source_lib.BankOptions:
   """The configured bank."""
   return source_lib.BankOptions(
     name=config.credit.bank, max_tokens=config.credit.max_completion_tokens, form=config.credit.form,
-    scored=config.credit.scored, fallback=config.credit.fallback,
+    scored=config.credit.scored, fallback=config.credit.fallback, size=config.credit.bank_size,
   )  # fmt: skip
 
 
