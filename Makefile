@@ -33,9 +33,10 @@ demo-llm: .venv/ready
 
 # Two processes, a file of tests in one of them: each holds up to 3 GB. Tests run on the CPU (tests/conftest.py).
 TEST_PROCESSES ?= 2
+IN_PARALLEL := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 # Kills at 20 random moments, and the other long forms of the fault tests.
 faults: .venv/ready
@@ -51,7 +52,7 @@ rehearse: .venv/rehearse
 
 # The tests that compare with other people's code or compile for TPUs, and no others.
 test-peers: peers
-	$(BIN)/python -m pytest -m peers -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -m peers $(IN_PARALLEL)
 
 peers: .venv/peers
 
@@ -100,7 +101,7 @@ endif
 IMPORT_ALL := import importlib, pkgutil, rredcot_jax as rr; \
   [importlib.import_module(one.name) for one in pkgutil.walk_packages(rr.__path__, "rredcot_jax.")]
 
-# With the oldest release of everything that the package needs by setup.py.
+# With the oldest release of everything that the package needs by setup.py: every module is imported, a run makes a step.
 test-floors:
 ifeq ($(PYTHON311),)
 	@echo "test-floors is SKIPPED: no Python 3.11 was found; name one with make test-floors PYTHON311=..."
@@ -108,9 +109,12 @@ else
 	rm -rf .venv-floors
 	$(PYTHON311) -m venv .venv-floors
 	$(PYTHON311) tools/lint_dependencies.py --floors experiments >.venv-floors/requirements.txt
-	.venv-floors/bin/python $(ONCE) -r .venv-floors/requirements.txt pytest hypothesis
+	.venv-floors/bin/python $(ONCE) -r .venv-floors/requirements.txt
 	.venv-floors/bin/python -c '$(IMPORT_ALL)'
-	.venv-floors/bin/python -m pytest -p no:cacheprovider --hypothesis-profile=quick $(OPS_TESTS)
+	PYTHONPATH=. JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 \
+	  .venv-floors/bin/python experiments/train.py --config configs/demo.py:rredcot \
+	  --workdir .venv-floors/run --config.num_steps=1 --config.evaluation.num_prompts=4 --config.evaluation.samples=1 \
+	  --config.mesh.data=2 --config.mesh.fsdp=2
 endif
 
 # The wheel is built from the source distribution, so that both are complete.

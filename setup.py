@@ -56,7 +56,7 @@ setuptools.setup(
     "docs": ["mkdocs>=1.6.1", "mkdocs-material>=9.6", "mkdocstrings>=0.30", "mkdocstrings-python>=1.16", "ruff>=0.9"],
     "test": [
       "pytest>=8",
-      "pytest-xdist>=3.6",
+      "pytest-xdist>=3.7",
       "hypothesis>=6.100",
       "PyYAML>=6",
       "build>=1.2",

@@ -10,7 +10,7 @@ from rredcot_jax.train import launch, train_step
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {"width": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 24}
 EXAMPLES = (
-  "demo", "demo_llm", "gsm_symbolic_tiny", "smollm2_gsm_symbolic", "r1_distill_1p5b_open_rs", "qwen3_4b_numina_math",
+  "demo", "demo_llm", "gsm_symbolic_tiny", "smollm2_gsm_symbolic", "qwen3_4b_numina_math",
 )  # fmt: skip
 STEPS, WARM_UP = 6, 2
 

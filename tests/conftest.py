@@ -21,6 +21,18 @@ hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("d
 hypothesis.settings.load_profile("deterministic")
 
 
+# Begun first, so that no process is left with one of them at the end. These take the longest, this one first.
+LONGEST = (
+  "train", "faults", "compilation", "processes", "assigner", "monte_carlo", "evaluate", "attribution", "sharding",
+  "tutorial", "segmentation", "report", "decoder", "study", "tracking", "calibrated",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  place = {f"{name}_test.py": number for number, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_end_with_their_module():
   """Kept to the end, the programs of all modules take several gigabytes."""

@@ -30,6 +30,7 @@ def rehearse(*words, status=0):
   return json.loads(ran.stdout.splitlines()[-1]), ran.stdout
 
 
+@pytest.mark.faults  # `make rehearse` does the same with every configuration.
 def test_two_processes_make_a_step_stop_and_go_on():
   found, text = rehearse(
     "--config=tests/process_run.py", "--hosts=2", "--devices_per_host=2", "--config.mesh.data=1", "--config.mesh.fsdp=4"

@@ -1,6 +1,7 @@
 """Placement by name, and the two updates on every kind of mesh against one device."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,19 @@ def test_constraints_need_no_mesh_and_leave_out_what_does_not_divide():
     assert shard_shapes(jax.jit(lambda x: sharding.constrain(x, "rows", "tokens", None))(x)) == {(2, 3, 3)}
     assert sharding.parts("rows") == sharding.parts("gathered_heads") == 2
   assert sharding.parts("rows") == 1 and sharding.platform() == "cpu"
+
+
+@pytest.mark.parametrize(
+  ("device", "expected"),
+  [
+    ({"device_kind": "cpu"}, "cpu"), ({"device_kind": "TPU v5p"}, "tpu"),
+    ({"device_kind": "NVIDIA H100 80GB HBM3"}, "gpu"), ({"device_kind": "", "platform": "rocm"}, "gpu"),
+  ],
+)  # fmt: skip
+def test_the_platform_is_that_of_the_mesh_whatever_jax_says_of_it(monkeypatch, device, expected):
+  mesh = SimpleNamespace(abstract_device=SimpleNamespace(**device))
+  monkeypatch.setattr(sharding, "_current", lambda: mesh)
+  assert sharding.platform() == expected
 
 
 @pytest.mark.parametrize("dimension", ["heads", "gathered_heads", "words"])

@@ -70,6 +70,7 @@ def test_nothing_is_compiled_twice(uninterrupted, compiled):
   assert not {name for step, name in compiled if step >= 1} & {*steps, "<lambda>"}
 
 
+@pytest.mark.faults  # checkpoint_test.py has the same for a checkpoint alone.
 def test_damaged_checkpoint_falls_back(uninterrupted, caplog):
   workdir = run(tiny_config.get_config(), uninterrupted.parent / "damaged")
   for path in (workdir / "checkpoints" / "6").rglob("*"):

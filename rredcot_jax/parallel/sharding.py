@@ -366,7 +366,12 @@ def platform() -> str:
   """The platform that is compiled for: "cpu", "gpu" or "tpu", of the mesh in use or of this process."""
   mesh = _current()
   device = None if mesh is None else mesh.abstract_device
-  name = jax.default_backend() if device is None or not device.platform else device.platform
+  if device is None:
+    name = jax.default_backend()
+  else:
+    # jax 0.10 knows the kind alone: "cpu", "TPU v5p", "NVIDIA H100 80GB HBM3".
+    kind = device.device_kind.lower()
+    name = getattr(device, "platform", "") or ("tpu" if kind.startswith("tpu") else "cpu" if kind == "cpu" else "gpu")
   return "gpu" if name in ("cuda", "rocm") else name
 
 
