@@ -262,6 +262,7 @@ WRONG_ROWS = {
   "no last line": ("gsm8k", {"question": "q", "answer": "It is 4."}, ["no answer", "#### <answer>"]),
   "nothing after the mark": ("gsm8k", {"question": "q", "answer": "a\n#### "}, ["no answer", "#### <answer>"]),
   "mark before the last line": ("gsm8k", {"question": "q", "answer": "#### 4\na"}, ["no answer", "#### <answer>"]),
+  "mark within the last line": ("gsm8k", {"question": "q", "answer": "a\nb #### 4"}, ["no answer", "#### <answer>"]),
   "no answer": ("aime", {"problem": "p", "key": 1}, ["'answer' or 'Answer'", "its fields are problem, key"]),
   "hostile fields": ("aime", {"\x1b[2J" + "x" * 9999: "p"}, ["its fields are \\x1b[2Jxx", "more characters"]),
   "null answer": ("aime", {"problem": "p", "answer": None}, ["no answer", "'answer' or 'Answer'"]),
