@@ -89,6 +89,20 @@ def test_a_lease_that_is_none_keeps_nobody_out(tmp_path, monkeypatch, lease):
   claim(tmp_path).close()
 
 
+def test_a_process_that_got_the_number_of_a_dead_holder_keeps_nobody_out(tmp_path):
+  begin(tmp_path)
+  me = lease_lib._me()
+  (tmp_path / "run.lease").write_text(json.dumps(me | {"started": str(int(me["started"]) - 1), "command": "old.py"}))
+  claim(tmp_path).close()
+
+
+def test_the_lock_alone_keeps_others_out(held):
+  path, _ = held
+  (path / "run.lease").unlink()
+  with pytest.raises(ValueError, match="is in use by"):
+    claim(path)
+
+
 def without_locks(*_):
   raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -154,6 +168,24 @@ def test_a_run_hears_that_its_directory_was_removed_or_taken(tmp_path, monkeypat
         time.sleep(0.01)
   # What is the other's is left to it.
   assert how == "removed" or json.loads((tmp_path / "run" / "run.lease").read_text())["token"] == "theirs"
+
+
+def test_a_lease_replaces_a_longer_one_and_is_renewed_when_it_reads_as_half_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease_lib, "_BEAT_SECONDS", 0.05)
+  begin(tmp_path)
+  former = lease_lib._me() | {"pid": 2**22 + 1, "command": "x" * 1000, "host": "y" * 200}
+  (tmp_path / "run.lease").write_text(json.dumps(former))
+  with claim(tmp_path) as mine:
+    assert lease_lib.read(tmp_path)["token"] == mine.token
+    size = (tmp_path / "run.lease").stat().st_size
+    (tmp_path / "run.lease").write_text("{")
+    deadline = time.monotonic() + 20
+    while (lease_lib.read(tmp_path) or {}).get("token") != mine.token:
+      mine.check()
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    # Its length never changes, so that a full disk has room for it.
+    assert (tmp_path / "run.lease").stat().st_size == size
 
 
 def test_one_process_may_claim_its_own_directory_again(tmp_path):
