@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_config
 
-from rredcot_jax.credit import attribution, source, sources
+from rredcot_jax.credit import attention, attribution, source, sources
 from rredcot_jax.train import validation
 from rredcot_jax.train.experiment import Experiment
 
@@ -49,6 +49,12 @@ def test_every_named_class_of_the_package_is_built_in():
   assert len(attributions) == 5
   assert not any(sources.SOURCES[name].estimates_values for name in attributions)
   assert all(sources.SOURCES[name].estimates_values for name in sources.SOURCES.keys() - attributions)
+
+
+def test_a_class_without_a_name_of_its_own_is_not_built_in(monkeypatch):
+  nameless = type("Nameless", (attention.Attention,), {})
+  monkeypatch.setattr(attention, "Nameless", nameless, raising=False)
+  assert sources._built_in() == sources.SOURCES
 
 
 def test_a_class_of_ones_own_is_found_given_its_options_and_held_to_its_modes():
