@@ -225,6 +225,7 @@ def test_what_reads_back_as_something_else_is_no_checkpoint(saved, tmp_path, mon
   monkeypatch.setattr(checkpoint.Checkpointer, "_seal", mixed_up)
   saver = checkpoint.Checkpointer(saved, keep=2)
   saver.save(3, state_at(3), data_at(3))
+  assert saver.last_good == 2  # Until it has been read back, the new one does not count.
   if what == "nothing":
     saver.wait()
   else:
@@ -236,6 +237,15 @@ def test_what_reads_back_as_something_else_is_no_checkpoint(saved, tmp_path, mon
   saver.close()
   # With 2 kept, the oldest goes when a new one counts, and not before.
   assert sorted(path.name for path in saved.iterdir()) == (["2", "3"] if what == "nothing" else ["1", "2"])
+
+
+def test_a_damaged_one_needs_another_before_it(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match=r"checkpoint\.keep=1 must be at least 2"):
+    checkpoint.Checkpointer(tmp_path / "new", keep=1)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="on_failure='continue' and 2 processes.*Set it to 'stop'"):
+    checkpoint.Checkpointer(tmp_path / "new", on_failure="continue")
+  assert not (tmp_path / "new").exists()
 
 
 # ---- Another run's ---------------------------------------------------------------------------
