@@ -144,6 +144,7 @@ ONES = np.ones((32, 48), np.float32)
      "'blk.1.ffn_down.weight' has the quantisation I8"),
     ({"tensors": {"rope_freqs.weight": (ONES[0], F32)}}, "'rope_freqs.weight'"),
     ({"tensors": {"token_embd.weight": None}}, "'token_embd.weight' is missing"),
+    ({"tensors": {"model.norm.weight": (ONES[0], F32)}}, "two of its tensors mean the same place"),
     ({"fields": {"rope.scaling.type": "linear"}}, "RoPE type 'linear'"),
     ({"fields": {"rope.dimension_count": 4}}, "rope.dimension_count=4"),
     ({"fields": {"attention.sliding_window": 64}}, "attention.sliding_window=64"),

@@ -97,6 +97,27 @@ def test_both_spellings_of_rope_mean_the_same(make):
   )
 
 
+def test_of_two_spellings_of_rope_the_older_counts_as_in_transformers(make):
+  other = {"type": "yarn", "factor": 3.0, "original_max_position_embeddings": 64}
+  both = make("qwen2-yarn", rope_scaling=other)
+  theirs = transformers.AutoConfig.from_pretrained(both).rope_parameters
+  assert theirs["factor"] == 3.0 and cases.CASES["qwen2-yarn"]["rope_parameters"]["factor"] == 4.0
+  assert huggingface.load_config(both).rope_scaling == RopeScaling("yarn", 3.0, 64)
+
+
+@pytest.mark.parametrize("kind", huggingface_format.ARCHITECTURES)
+def test_a_missing_field_means_what_transformers_takes_for_it(kind, tmp_path):
+  sizes = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+  sizes |= {"intermediate_size": 96, "num_key_value_heads": 2, "model_type": kind, "use_sliding_window": False}
+  (tmp_path / "config.json").write_text(json.dumps(sizes))
+  ours = huggingface_format.parse_config(tmp_path / "config.json")
+  theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+  assert (ours.norm_epsilon, ours.tied_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+  assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 4) == (128 if kind == "qwen3" else 16)
+  assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
+  assert ours.max_positions == 0  # Not known, so nothing is refused for its length.
+
+
 # What the fields that matter are in the published files.
 PUBLISHED = {
   "DeepSeek-R1-Distill-Qwen-1.5B": {
