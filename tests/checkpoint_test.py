@@ -243,7 +243,7 @@ def test_a_damaged_one_needs_another_before_it(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"checkpoint\.keep=1 must be at least 2"):
     checkpoint.Checkpointer(tmp_path / "new", keep=1)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  with pytest.raises(ValueError, match="on_failure='continue' and 2 processes.*Set it to 'stop'"):
+  with pytest.raises(ValueError, match=r"on_failure='continue' and 2 processes.*Set it to 'stop'"):
     checkpoint.Checkpointer(tmp_path / "new", on_failure="continue")
   assert not (tmp_path / "new").exists()
 
