@@ -288,6 +288,15 @@ def shard_of(directory):
   return sorted(directory.glob("model-*.safetensors"))[2]
 
 
+def test_one_whole_file_counts_before_an_index_as_in_transformers(make):
+  directory = make("llama")
+  config, params = huggingface.load(directory)
+  (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+  again, params_again = huggingface.load(directory)
+  assert again == config
+  assert_equal_trees(params_again, params)
+
+
 def test_missing_files_are_named(sharded, tmp_path):
   for path, message in ((tmp_path / "none", "no checkpoint at"), (tmp_path, "config.json"), ("x.gguf", "x.gguf")):
     with pytest.raises(FileNotFoundError, match=message):
@@ -305,6 +314,13 @@ def test_a_tensor_that_is_not_where_the_index_says_is_named(sharded):
   shard = shard_of(sharded)
   tensors = safetensors.numpy.load_file(shard)
   name = sorted(tensors)[0]
+  index = sharded / "model.safetensors.index.json"
+  placed = json.loads(index.read_text())["weight_map"]
+  elsewhere = next(file for file in placed.values() if file != shard.name)
+  index.write_text(json.dumps({"weight_map": placed | {name: elsewhere}}))
+  with pytest.raises(ValueError, match=rf"{elsewhere}: tensor '{name}' is missing, though"):
+    huggingface.load(sharded)
+  index.write_text(json.dumps({"weight_map": placed}))
   del tensors[name]
   safetensors.numpy.save_file(tensors, shard)
   with pytest.raises(ValueError, match=rf"{shard.name}: tensor '{name}' is missing"):
