@@ -51,6 +51,23 @@ def test_what_is_saved_is_what_was_loaded(name, make, tmp_path):
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
 
 
+def test_a_save_replaces_what_lies_there_and_is_none_before_its_end(make, monkeypatch):
+  directory = make("llama")
+  config, params = huggingface.load(directory)
+  other = jax.tree.map(lambda x: x + 1, params)
+  export.save(config, other, directory)  # Beside a model.safetensors, which would be read first.
+  assert_equal_trees(huggingface.load(directory)[1], other)
+
+  def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    export.save(config, params, directory, shard_bytes=10_000)
+  with pytest.raises(FileNotFoundError, match="no weights in"):
+    huggingface.load(directory)
+
+
 @pytest.mark.parametrize("name", cases.CASES)
 def test_transformers_reads_our_config_as_its_own(name, make, tmp_path):
   source = make(name)
@@ -316,9 +333,10 @@ def test_a_tensor_that_is_not_where_the_index_says_is_named(sharded):
   name = sorted(tensors)[0]
   index = sharded / "model.safetensors.index.json"
   placed = json.loads(index.read_text())["weight_map"]
-  elsewhere = next(file for file in placed.values() if file != shard.name)
-  index.write_text(json.dumps({"weight_map": placed | {name: elsewhere}}))
-  with pytest.raises(ValueError, match=rf"{elsewhere}: tensor '{name}' is missing, though"):
+  other = next(tensor for tensor, file in placed.items() if file != shard.name)
+  swapped = {name: placed[other], other: shard.name}
+  index.write_text(json.dumps({"weight_map": swapped | {t: f for t, f in placed.items() if t not in swapped}}))
+  with pytest.raises(ValueError, match=rf"{placed[other]}: tensor '{name}' is missing, though"):
     huggingface.load(sharded)
   index.write_text(json.dumps({"weight_map": placed}))
   del tensors[name]
