@@ -323,7 +323,7 @@ def test_rows_that_ask_for_it_get_the_uniform_advantage_and_no_other():
 
 def test_the_sources_metrics_and_state_are_passed_on_and_summarised():
   segments = batch()[2].segments
-  values = jnp.where(segments.mask, 0.25, 0.0).at[:, 0].set(jnp.array([0.1, 0.2, 0.3, 0.4]))
+  values = jnp.where(segments.mask, 0.25, 0.0).at[:, 0].set(jnp.array([0.1, 0.2, 0.3, 0.6]))
   sizes = jnp.zeros(segments.ends.shape).at[:, 0].set(3.0)
   found = source.Found(values=values, sample_sizes=sizes, state="learnt", token_forwards=5, metrics={"mine": 1.5})
   assigned = of(found, mode="signed")
@@ -331,7 +331,7 @@ def test_the_sources_metrics_and_state_are_passed_on_and_summarised():
   assert assigned.state == "learnt" and assigned.metrics["mine"] == 1.5 and assigned.metrics["token_forwards"] == 5
   assert float(assigned.metrics["covered_states"]) == pytest.approx(4 / states)
   assert float(assigned.metrics["effective_sample_size"]) == pytest.approx(12 / states)
-  assert float(assigned.metrics["initial_value"]) == pytest.approx(0.25)
+  assert float(assigned.metrics["initial_value"]) == pytest.approx(0.3)
 
 
 def test_the_rules_options_reach_rewards_and_uniform_credit():

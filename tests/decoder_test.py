@@ -12,9 +12,10 @@ from rredcot_jax.model import attention, decoder
 from rredcot_jax.model.config import Compute
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_a_plain_implementation_padded_on_either_side(family):
-  config = FAMILIES[family]
+@pytest.mark.parametrize(
+  "config", [*FAMILIES.values(), dataclasses.replace(LLAMA, norm_epsilon=0.1)], ids=[*FAMILIES, "large epsilon"]
+)
+def test_equals_a_plain_implementation_padded_on_either_side(config):
   params = params_of(config)
   tokens = np.random.default_rng(1).integers(0, 11, 9)
   expected = plain(params, config, tokens)
