@@ -224,6 +224,14 @@ def test_the_solutions_bank_has_no_room_for_more_than_the_task_has():
   assert room(few(1, name="rollouts")) == room(few(1, fallback=lambda inputs: ())) == 3
 
 
+@pytest.mark.parametrize("name", ["scoring", "leave_one_out"])
+def test_rows_whose_bank_is_empty_get_uniform_credit(name):
+  # No reference fits into two tokens.
+  assigned = assign(config_with(source=name, mode="difference", max_completion_tokens=2))
+  np.testing.assert_allclose(assigned.advantages, np.asarray(batch()[2].rollout.mask) * OUTCOMES[:, None], atol=1e-4)
+  assert float(assigned.metrics["fallback_rows"]) == 1 and int(assigned.metrics["dropped_completions"]) > 0
+
+
 def test_a_task_that_does_not_say_so_is_not_aligned(monkeypatch):
   experiment, _, traces = batch()
   asked = []
