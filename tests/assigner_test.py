@@ -196,6 +196,13 @@ def test_values_are_the_configured_form_at_the_sampling_temperature_of_the_confi
   assert some.sum() > 4 and np.asarray(expected)[some].min() > 0
 
 
+def test_a_state_without_a_completion_is_not_calibrated():
+  options = {"mode": "difference", "max_completion_tokens": 2}  # No reference fits.
+  calibrated, scored = (assign(config_with(source=name, **options)) for name in ("calibrated", "scoring"))
+  np.testing.assert_array_equal(calibrated.credit.values, scored.credit.values)
+  assert not np.asarray(calibrated.state.used).any()
+
+
 def test_a_bank_is_made_with_the_options_of_the_setting():
   _, _, traces = batch()
   make = lambda **options: Experiment(config_with(source="scoring", mode="difference", **options)).setting.make_bank(

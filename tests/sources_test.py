@@ -119,6 +119,14 @@ def test_a_bank_holds_what_its_options_say():
   assert Experiment(config).setting.chunk_size is None
 
 
+def test_continuations_end_and_are_sampled_as_traces_are():
+  setting = Experiment(config_with("monte_carlo", "signed")).setting
+  codec = dataclasses.replace(setting.codec, end_ids=(3, 5))
+  setting = dataclasses.replace(setting, codec=codec, sampling={"max_tokens": 7, "temperature": 0.5, "top_k": 2})
+  expected = {"max_tokens": 7, "temperature": 0.5, "top_k": 2, "eos_id": (3, 5), "pad_id": codec.pad_id}
+  assert setting.generation == expected and setting.temperature == 0.5
+
+
 def test_a_batch_reads_its_rows_once(monkeypatch):
   fetched = []
   device_get = jax.device_get
