@@ -174,6 +174,9 @@ def test_token_forwards_by_hand():
     for name in expected
   }
   assert counts == expected and {*expected, "monte_carlo"} == set(SOURCES)
+  config = config_with(source="scoring", mode="signed", bank="rollouts")
+  size = Experiment(config).setting.make_bank(batch()[2]).completions.tokens.shape[2]
+  assert size > 1 and assign(config).metrics["token_forwards"] == 4 * K * size * S
 
 
 def test_values_are_the_configured_form_at_the_sampling_temperature_of_the_configured_tokens():

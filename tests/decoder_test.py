@@ -28,6 +28,23 @@ def test_equals_a_plain_implementation_padded_on_either_side(config):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_random_parameters_keep_the_size_of_what_they_are_given(family):
+  """Entries have variance 1 / inputs; of what is added to the stream 2 L times, 1 / (2 L inputs)."""
+  config = dataclasses.replace(FAMILIES[family], vocab_size=101, width=64, num_layers=3, mlp_width=96)
+  params = decoder.init(config, jax.random.key(5))
+  inputs = dict.fromkeys(("embedding", "head", "query", "key", "value", "gate", "up"), 64)
+  inputs |= {"out": 6 * config.num_heads * config.head_dim, "down": 6 * 96}
+  for name, leaf in (params["blocks"] | params).items():
+    if name.endswith("norm"):
+      assert (leaf == 1).all()
+    elif name.endswith("bias"):
+      assert (leaf == 0).all()
+    elif name != "blocks":
+      assert np.std(leaf) == pytest.approx(inputs[name] ** -0.5, rel=0.1) and abs(np.mean(leaf)) < 0.01, name
+  assert not np.array_equal(params["blocks"]["query"][0], params["blocks"]["query"][1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_equals_prefill(family):
   config = FAMILIES[family]
   params = params_of(config)

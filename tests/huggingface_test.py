@@ -1,5 +1,6 @@
 """Checkpoints in and out: what is read is what was written, and what cannot be read is refused by name."""
 
+import itertools
 import json
 import pathlib
 import struct
@@ -49,6 +50,21 @@ def test_what_is_saved_is_what_was_loaded(name, make, tmp_path):
   assert_equal_trees(params_again, params)
   shapes = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+
+
+def test_shards_are_filled_up_to_their_room(make, tmp_path):
+  config, params = huggingface.load(make("qwen3"))
+  sizes = {name: array.nbytes for name, array in tensors_of(make("qwen3")).items()}
+  room = 2 * max(sizes.values())
+  export.save(config, params, tmp_path / "saved", shard_bytes=room)
+  index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+  assert index["metadata"]["total_size"] == sum(sizes.values())
+  held = {}
+  for name, file in index["weight_map"].items():
+    held.setdefault(file, []).append(sizes[name])
+  shards = [held[file] for file in sorted(held)]
+  assert len(shards) > 2 and max(map(sum, shards)) <= room
+  assert all(sum(one) + following[0] > room for one, following in itertools.pairwise(shards))
 
 
 def test_a_save_replaces_what_lies_there_and_is_none_before_its_end(make, monkeypatch):

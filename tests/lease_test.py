@@ -103,6 +103,15 @@ def test_the_lock_alone_keeps_others_out(held):
     claim(path)
 
 
+def test_a_process_that_nobody_has_waited_for_has_ended():
+  process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+  assert lease_lib._started(process.pid) is not None
+  process.stdin.close()
+  os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # It stays in the kernel's table.
+  assert lease_lib._started(process.pid) is None
+  process.wait()
+
+
 def without_locks(*_):
   raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
