@@ -199,6 +199,23 @@ def test_values_are_the_configured_form_at_the_sampling_temperature_of_the_confi
   assert some.sum() > 4 and np.asarray(expected)[some].min() > 0
 
 
+def test_calibration_is_of_likelihoods_at_the_sampling_temperature_and_of_the_tokens_before():
+  config = config_with(source="calibrated", mode="difference", options__window=4 * K)
+  config.rollout.temperature = 0.7
+  experiment, _, traces = batch()
+  pairs = assign(config).state
+  bank = Experiment(config).setting.make_bank(traces).completions
+  log_p = scoring.score_with_cache(
+    traces.params, experiment.model, traces.cache, traces.rollout, traces.segments, bank, temperature=0.7,
+    chunk_size=None,
+  )  # fmt: skip
+  used = np.asarray(pairs.used)
+  np.testing.assert_allclose(np.asarray(pairs.log_p)[used], np.asarray(log_p).reshape(-1)[used], rtol=1e-4)
+  before = np.append(0, np.asarray(traces.segments.ends)[0, :-1])
+  np.testing.assert_allclose(pairs.features[:K, 0][used[:K]], np.log1p(before)[used[:K]], rtol=1e-6)
+  assert used[:K].sum() > 1
+
+
 def test_a_state_without_a_completion_is_not_calibrated():
   options = {"mode": "difference", "max_completion_tokens": 2}  # No reference fits.
   calibrated, scored = (assign(config_with(source=name, **options)) for name in ("calibrated", "scoring"))
@@ -232,6 +249,32 @@ def test_the_solutions_bank_has_no_room_for_more_than_the_task_has():
   room = lambda setting: setting.make_bank(traces).completions.valid.shape[2]
   assert [room(few(1)), room(few(2)), room(few(9)), room(setting)] == [1, 2, 3, 3]
   assert room(few(1, name="rollouts")) == room(few(1, fallback=lambda inputs: ())) == 3
+
+
+@pytest.mark.parametrize("room", [2, S])
+def test_a_group_that_processes_share_has_one_bank_which_is_counted_once(room):
+  """This process holds the second row of the first group and the first row of the second."""
+  config = config_with(source="scoring", mode="signed", bank="rollouts", max_completion_tokens=room)
+  setting = Experiment(config).setting
+  traces, here = batch()[2], np.array([1, 2])
+  whole = setting.make_bank(traces)
+  host = jax.device_get((traces.rollout, traces.segments))
+  dropped = []
+  for judges in ([0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1]):
+    share = SimpleNamespace(
+      split=True, here=here, around=np.arange(4), judges=np.array(judges), with_groups=lambda tree: host
+    )
+    mine = dataclasses.replace(
+      traces, here=here, share=share, examples=[traces.examples[row] for row in here],
+      on_host=jax.tree.map(lambda x: x[here], host),
+    )  # fmt: skip
+    made = setting.make_bank(mine)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[here]), made.completions, whole.completions)
+    np.testing.assert_array_equal(made.fallback, whole.fallback[here])
+    dropped.append(made.num_dropped)
+  assert dropped[0] == whole.num_dropped == dropped[1] + dropped[2] and (dropped[0] > 0) == (room == 2)
+  # The first group has a success, the second none, so one alone has something to leave out.
+  assert room == S or dropped[1] != dropped[2]
 
 
 @pytest.mark.parametrize("name", ["scoring", "leave_one_out"])
