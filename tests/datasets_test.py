@@ -174,6 +174,10 @@ def test_numbers_as_answers(corpus, value, answer):
   assert corpus("amc23", [question(0, answer=value)])()[0].answer == answer
 
 
+def test_solutions_are_no_thoughts_unless_it_is_said(sample):
+  assert [sample("gsm8k", **options).aligned for options in ({}, {"aligned": True})] == [False, True]
+
+
 def test_matchers_and_the_format_share_reach_the_reward(corpus):
   make = corpus("amc23", [question(0, answer="1/2")])
   exact, mathematical = make(matcher="exact"), make(matcher="math")

@@ -157,6 +157,19 @@ def test_a_holder_on_another_machine_is_watched_for_a_sign_of_life(tmp_path, mon
   assert "was held by a run on far, pid 7 (python far.py): watching for 1 s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("other", [{"namespace": "pid:[1]"}, {"boot": "another"}, {"boot": "", "namespace": ""}])
+def test_a_process_number_says_nothing_of_another_container_or_where_there_is_no_proc(tmp_path, monkeypatch, other):
+  monkeypatch.setattr(lease_lib, "LEASE_SECONDS", 0.3)
+  begin(tmp_path)
+  me = lease_lib._me()
+  if other.get("boot") == "":  # Neither machine has it.
+    monkeypatch.setattr(lease_lib, "_me", lambda: me | other)
+  (tmp_path / "run.lease").write_text(json.dumps(me | {"host": "far", "pid": 2**22 + 1, "command": "x"} | other))
+  began = time.monotonic()
+  claim(tmp_path).close()
+  assert time.monotonic() - began > 0.29
+
+
 @pytest.mark.parametrize("how", ["removed", "taken"])
 def test_a_run_hears_that_its_directory_was_removed_or_taken(tmp_path, monkeypatch, how):
   monkeypatch.setattr(lease_lib, "_BEAT_SECONDS", 0.05)
