@@ -487,7 +487,7 @@ def test_every_token_that_ends_a_text_is_kept(make, tmp_path):
 
 
 def test_companions_are_taken_over_but_for_the_dtype(make, tmp_path):
-  source = make("llama", torch_dtype="bfloat16", bos_token_id=7)
+  source = make("llama", torch_dtype="bfloat16", dtype="bfloat16", bos_token_id=7)
   (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
   (source / "chat_template.jinja").write_text("{{ messages }}")
   config, params = huggingface.load(source)
@@ -495,7 +495,7 @@ def test_companions_are_taken_over_but_for_the_dtype(make, tmp_path):
   assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "{{ messages }}"
   saved = json.loads((tmp_path / "saved" / "config.json").read_text())
   # Else transformers would round float32 tensors to what the original was stored in.
-  assert (saved["bos_token_id"], saved["torch_dtype"]) == (7, "float32")
+  assert (saved["bos_token_id"], saved["torch_dtype"]) == (7, "float32") and "dtype" not in saved
   assert ends_of(tmp_path / "saved") == [2, 3]
   export.save(config, params, source, companions=source)  # Over itself.
   assert_equal_trees(huggingface.load(source)[1], params)
