@@ -368,6 +368,7 @@ def test_rewards_that_are_no_values_have_none():
   np.testing.assert_array_equal(assigned.advantages, expected)
   np.testing.assert_array_equal(assigned.credit.rewards, rewards)
   # Nothing said of the samples behind it: one each.
+  np.testing.assert_array_equal(assigned.credit.effective_sample_size, segments.mask)
   assert float(assigned.metrics["effective_sample_size"]) == float(assigned.metrics["covered_states"]) == 1.0
 
 
