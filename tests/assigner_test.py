@@ -13,7 +13,7 @@ import tiny_config
 from rredcot_jax.credit import assigner, monte_carlo, source
 from rredcot_jax.credit.sources import SOURCES
 from rredcot_jax.data import batching, judging
-from rredcot_jax.model import scoring
+from rredcot_jax.model import continuations, scoring
 from rredcot_jax.ops import advantages, banks, types, values
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train.experiment import Experiment
@@ -214,6 +214,23 @@ def test_calibration_is_of_likelihoods_at_the_sampling_temperature_and_of_the_to
   before = np.append(0, np.asarray(traces.segments.ends)[0, :-1])
   np.testing.assert_allclose(pairs.features[:K, 0][used[:K]], np.log1p(before)[used[:K]], rtol=1e-6)
   assert used[:K].sum() > 1
+
+
+@pytest.mark.parametrize(
+  ("name", "module", "function"),
+  [
+    ("scoring", scoring, "score_with_cache"),
+    ("calibrated", scoring, "score_with_cache"),
+    ("monte_carlo", continuations, "generate_from_states"),
+  ],
+)
+def test_as_much_is_run_at_once_as_is_configured(name, module, function, monkeypatch):
+  asked, whole = [], getattr(module, function)
+  monkeypatch.setattr(
+    module, function, lambda *args, **options: asked.append(options["chunk_size"]) or whole(*args, **options)
+  )
+  assign(config_with(source=name, mode="difference", chunk_size=2))
+  assert set(asked) == {2}
 
 
 def test_a_state_without_a_completion_is_not_calibrated():

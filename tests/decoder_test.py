@@ -71,6 +71,13 @@ def test_tokens_that_are_masked_out_of_the_middle_were_never_there(family):
   np.testing.assert_allclose(holed[:, real], whole, atol=1e-5)
 
 
+def test_a_mask_of_other_rows_is_refused():
+  params = params_of(LLAMA)
+  for x, mask in (((1, 4, 16), (2, 4)), ((2, 4, 16), (1, 4)), ((2, 4, 16), (2, 1))):
+    with pytest.raises(AssertionError):
+      decoder.forward_from_embeddings(params, LLAMA, jnp.zeros(x), jnp.ones(mask, bool))
+
+
 def test_the_future_is_not_seen():
   params = params_of(LLAMA)
   tokens = jnp.arange(8, dtype=jnp.int32)[None]
