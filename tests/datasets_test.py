@@ -461,7 +461,7 @@ def test_the_answer_is_derived_from_the_first_of_several_solutions(corpus):
   rows = [{"problem": "1 + 2?", "solution": ["So \\boxed{3}.", "Or \\boxed{three}."]}]
   example = corpus("math", rows)()[0]
   assert example.answer == "3" and len(example.solutions) == 1
-  example = corpus("gsm8k", [{"question": "1 + 2?", "answer": ["a <<1+2=3>>\n#### 3", "b\n#### 3"]}])()[0]
+  example = corpus("gsm8k", [{"question": "1 + 2?", "answer": ["a <<1+2=3>>\n#### 3", "b\n#### 3.0"]}])()[0]
   assert (example.answer, solutions_of(example)) == ("3", ["a \n", "b\n"])
 
 
