@@ -13,7 +13,7 @@ import tiny_config
 from rredcot_jax.credit import assigner, monte_carlo, source
 from rredcot_jax.credit.sources import SOURCES
 from rredcot_jax.data import batching, judging
-from rredcot_jax.model import scoring
+from rredcot_jax.model import continuations, scoring
 from rredcot_jax.ops import advantages, banks, types, values
 from rredcot_jax.parallel import sharding
 from rredcot_jax.train.experiment import Experiment
@@ -174,6 +174,9 @@ def test_token_forwards_by_hand():
     for name in expected
   }
   assert counts == expected and {*expected, "monte_carlo"} == set(SOURCES)
+  config = config_with(source="scoring", mode="signed", bank="rollouts")
+  size = Experiment(config).setting.make_bank(batch()[2]).completions.tokens.shape[2]
+  assert size > 1 and assign(config).metrics["token_forwards"] == 4 * K * size * S
 
 
 def test_values_are_the_configured_form_at_the_sampling_temperature_of_the_configured_tokens():
@@ -194,6 +197,47 @@ def test_values_are_the_configured_form_at_the_sampling_temperature_of_the_confi
   some = np.asarray(traces.segments.mask) & ~decided
   np.testing.assert_allclose(np.asarray(assigned.credit.values)[:, :-1][some], np.asarray(expected)[some], rtol=1e-4)
   assert some.sum() > 4 and np.asarray(expected)[some].min() > 0
+
+
+def test_calibration_is_of_likelihoods_at_the_sampling_temperature_and_of_the_tokens_before():
+  config = config_with(source="calibrated", mode="difference", options__window=4 * K)
+  config.rollout.temperature = 0.7
+  experiment, _, traces = batch()
+  pairs = assign(config).state
+  bank = Experiment(config).setting.make_bank(traces).completions
+  log_p = scoring.score_with_cache(
+    traces.params, experiment.model, traces.cache, traces.rollout, traces.segments, bank, temperature=0.7,
+    chunk_size=None,
+  )  # fmt: skip
+  used = np.asarray(pairs.used)
+  np.testing.assert_allclose(np.asarray(pairs.log_p)[used], np.asarray(log_p).reshape(-1)[used], rtol=1e-4)
+  before = np.append(0, np.asarray(traces.segments.ends)[0, :-1])
+  np.testing.assert_allclose(pairs.features[:K, 0][used[:K]], np.log1p(before)[used[:K]], rtol=1e-6)
+  assert used[:K].sum() > 1
+
+
+@pytest.mark.parametrize(
+  ("name", "module", "function"),
+  [
+    ("scoring", scoring, "score_with_cache"),
+    ("calibrated", scoring, "score_with_cache"),
+    ("monte_carlo", continuations, "generate_from_states"),
+  ],
+)
+def test_as_much_is_run_at_once_as_is_configured(name, module, function, monkeypatch):
+  asked, whole = [], getattr(module, function)
+  monkeypatch.setattr(
+    module, function, lambda *args, **options: asked.append(options["chunk_size"]) or whole(*args, **options)
+  )
+  assign(config_with(source=name, mode="difference", chunk_size=2))
+  assert set(asked) == {2}
+
+
+def test_a_state_without_a_completion_is_not_calibrated():
+  options = {"mode": "difference", "max_completion_tokens": 2}  # No reference fits.
+  calibrated, scored = (assign(config_with(source=name, **options)) for name in ("calibrated", "scoring"))
+  np.testing.assert_array_equal(calibrated.credit.values, scored.credit.values)
+  assert not np.asarray(calibrated.state.used).any()
 
 
 def test_a_bank_is_made_with_the_options_of_the_setting():
@@ -222,6 +266,40 @@ def test_the_solutions_bank_has_no_room_for_more_than_the_task_has():
   room = lambda setting: setting.make_bank(traces).completions.valid.shape[2]
   assert [room(few(1)), room(few(2)), room(few(9)), room(setting)] == [1, 2, 3, 3]
   assert room(few(1, name="rollouts")) == room(few(1, fallback=lambda inputs: ())) == 3
+
+
+@pytest.mark.parametrize("room", [2, S])
+def test_a_group_that_processes_share_has_one_bank_which_is_counted_once(room):
+  """This process holds the second row of the first group and the first row of the second."""
+  config = config_with(source="scoring", mode="signed", bank="rollouts", max_completion_tokens=room)
+  setting = Experiment(config).setting
+  traces, here = batch()[2], np.array([1, 2])
+  whole = setting.make_bank(traces)
+  host = jax.device_get((traces.rollout, traces.segments))
+  dropped = []
+  for judges in ([0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1]):
+    share = SimpleNamespace(
+      split=True, here=here, around=np.arange(4), judges=np.array(judges), with_groups=lambda tree: host
+    )
+    mine = dataclasses.replace(
+      traces, here=here, share=share, examples=[traces.examples[row] for row in here],
+      on_host=jax.tree.map(lambda x: x[here], host),
+    )  # fmt: skip
+    made = setting.make_bank(mine)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[here]), made.completions, whole.completions)
+    np.testing.assert_array_equal(made.fallback, whole.fallback[here])
+    dropped.append(made.num_dropped)
+  assert dropped[0] == whole.num_dropped == dropped[1] + dropped[2] and (dropped[0] > 0) == (room == 2)
+  # The first group has a success, the second none, so one alone has something to leave out.
+  assert room == S or dropped[1] != dropped[2]
+
+
+@pytest.mark.parametrize("name", ["scoring", "leave_one_out"])
+def test_rows_whose_bank_is_empty_get_uniform_credit(name):
+  # No reference fits into two tokens.
+  assigned = assign(config_with(source=name, mode="difference", max_completion_tokens=2))
+  np.testing.assert_allclose(assigned.advantages, np.asarray(batch()[2].rollout.mask) * OUTCOMES[:, None], atol=1e-4)
+  assert float(assigned.metrics["fallback_rows"]) == 1 and int(assigned.metrics["dropped_completions"]) > 0
 
 
 def test_a_task_that_does_not_say_so_is_not_aligned(monkeypatch):
@@ -307,6 +385,7 @@ def test_rewards_that_are_no_values_have_none():
   np.testing.assert_array_equal(assigned.advantages, expected)
   np.testing.assert_array_equal(assigned.credit.rewards, rewards)
   # Nothing said of the samples behind it: one each.
+  np.testing.assert_array_equal(assigned.credit.effective_sample_size, segments.mask)
   assert float(assigned.metrics["effective_sample_size"]) == float(assigned.metrics["covered_states"]) == 1.0
 
 
@@ -323,7 +402,7 @@ def test_rows_that_ask_for_it_get_the_uniform_advantage_and_no_other():
 
 def test_the_sources_metrics_and_state_are_passed_on_and_summarised():
   segments = batch()[2].segments
-  values = jnp.where(segments.mask, 0.25, 0.0).at[:, 0].set(jnp.array([0.1, 0.2, 0.3, 0.4]))
+  values = jnp.where(segments.mask, 0.25, 0.0).at[:, 0].set(jnp.array([0.1, 0.2, 0.3, 0.6]))
   sizes = jnp.zeros(segments.ends.shape).at[:, 0].set(3.0)
   found = source.Found(values=values, sample_sizes=sizes, state="learnt", token_forwards=5, metrics={"mine": 1.5})
   assigned = of(found, mode="signed")
@@ -331,7 +410,7 @@ def test_the_sources_metrics_and_state_are_passed_on_and_summarised():
   assert assigned.state == "learnt" and assigned.metrics["mine"] == 1.5 and assigned.metrics["token_forwards"] == 5
   assert float(assigned.metrics["covered_states"]) == pytest.approx(4 / states)
   assert float(assigned.metrics["effective_sample_size"]) == pytest.approx(12 / states)
-  assert float(assigned.metrics["initial_value"]) == pytest.approx(0.25)
+  assert float(assigned.metrics["initial_value"]) == pytest.approx(0.3)
 
 
 def test_the_rules_options_reach_rewards_and_uniform_credit():

@@ -155,6 +155,24 @@ def test_one_without_hashes_is_said_to_be_unverified(saved, caplog):
   assert "checkpoint 2 has no hashes of its files: whether they are as written is not verified" in caplog.text
 
 
+def test_one_of_an_older_version_is_its_data_alone(saved):
+  (saved / "2" / manifest.NAME).unlink()
+  (saved / "2" / "data" / "metadata").write_text(json.dumps(data_at(2)))
+  check_restored(restored(saved), 2)
+
+
+def test_a_step_that_is_damaged_twice_is_set_aside_twice(saved):
+  for aside in (["damaged-2"], ["damaged-2", "damaged-2-2"]):
+    (saved / "2" / "data" / "metadata").write_text("{}")
+    check_restored(restored(saved), 1)
+    assert sorted(path.name for path in saved.iterdir()) == ["1", *aside]
+    saver = checkpoint.Checkpointer(saved, keep=3)
+    saver.save(2, state_at(2), data_at(2))
+    saver.wait()
+    saver.close()
+  check_restored(restored(saved), 2)
+
+
 def test_damage_is_shared_out_among_processes(tmp_path):
   for name in "abcde":
     (tmp_path / name).write_text(name)
@@ -225,6 +243,7 @@ def test_what_reads_back_as_something_else_is_no_checkpoint(saved, tmp_path, mon
   monkeypatch.setattr(checkpoint.Checkpointer, "_seal", mixed_up)
   saver = checkpoint.Checkpointer(saved, keep=2)
   saver.save(3, state_at(3), data_at(3))
+  assert saver.last_good == 2  # Until it has been read back, the new one does not count.
   if what == "nothing":
     saver.wait()
   else:
@@ -236,6 +255,37 @@ def test_what_reads_back_as_something_else_is_no_checkpoint(saved, tmp_path, mon
   saver.close()
   # With 2 kept, the oldest goes when a new one counts, and not before.
   assert sorted(path.name for path in saved.iterdir()) == (["2", "3"] if what == "nothing" else ["1", "2"])
+
+
+def test_what_is_gone_after_it_was_written_is_no_checkpoint(saved):
+  saver = checkpoint.Checkpointer(saved)
+  saver.save(3, state_at(3), data_at(3))
+  saver._manager.wait_until_finished()
+  shutil.rmtree(saved / "3")
+  with pytest.raises(checkpoint.SaveFailed, match=r"checkpoint 3 could not be written \(it is not at .*good one is 2"):
+    saver.wait()
+  saver.close()
+
+
+def test_only_the_run_removes_what_a_killed_run_left_half_written(saved):
+  half = saved / "2.orbax-checkpoint-tmp"
+  half.mkdir()
+  check_restored(restored(saved, writes=False), 2)
+  assert half.is_dir()
+  saver = checkpoint.Checkpointer(saved, keep=3)
+  saver.save(3, state_at(3), data_at(3))  # It waits for the removal, which runs in the background.
+  saver.wait()
+  saver.close()
+  assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_damaged_one_needs_another_before_it(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match=r"checkpoint\.keep=1 must be at least 2"):
+    checkpoint.Checkpointer(tmp_path / "new", keep=1)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match=r"on_failure='continue' and 2 processes.*Set it to 'stop'"):
+    checkpoint.Checkpointer(tmp_path / "new", on_failure="continue")
+  assert not (tmp_path / "new").exists()
 
 
 # ---- Another run's ---------------------------------------------------------------------------

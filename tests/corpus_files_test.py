@@ -77,6 +77,12 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
     list(corpus_files._jsonl_rows(path))
 
 
+def test_a_mark_of_the_byte_order_is_no_part_of_the_first_row(tmp_path):
+  path = tmp_path / "train.jsonl"
+  path.write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8-sig")
+  assert [row.fields for row in corpus_files._jsonl_rows(path)] == [{"a": 1}, {"a": 2}]
+
+
 @pytest.mark.parametrize("name", ["question", "dotted.name", "list"])
 def test_large_parquet_rows_are_held_a_few_at_a_time(tmp_path, monkeypatch, name):
   import pyarrow

@@ -174,6 +174,10 @@ def test_numbers_as_answers(corpus, value, answer):
   assert corpus("amc23", [question(0, answer=value)])()[0].answer == answer
 
 
+def test_solutions_are_no_thoughts_unless_it_is_said(sample):
+  assert [sample("gsm8k", **options).aligned for options in ({}, {"aligned": True})] == [False, True]
+
+
 def test_matchers_and_the_format_share_reach_the_reward(corpus):
   make = corpus("amc23", [question(0, answer="1/2")])
   exact, mathematical = make(matcher="exact"), make(matcher="math")
@@ -262,6 +266,7 @@ WRONG_ROWS = {
   "no last line": ("gsm8k", {"question": "q", "answer": "It is 4."}, ["no answer", "#### <answer>"]),
   "nothing after the mark": ("gsm8k", {"question": "q", "answer": "a\n#### "}, ["no answer", "#### <answer>"]),
   "mark before the last line": ("gsm8k", {"question": "q", "answer": "#### 4\na"}, ["no answer", "#### <answer>"]),
+  "mark within the last line": ("gsm8k", {"question": "q", "answer": "a\nb #### 4"}, ["no answer", "#### <answer>"]),
   "no answer": ("aime", {"problem": "p", "key": 1}, ["'answer' or 'Answer'", "its fields are problem, key"]),
   "hostile fields": ("aime", {"\x1b[2J" + "x" * 9999: "p"}, ["its fields are \\x1b[2Jxx", "more characters"]),
   "null answer": ("aime", {"problem": "p", "answer": None}, ["no answer", "'answer' or 'Answer'"]),
@@ -456,7 +461,7 @@ def test_the_answer_is_derived_from_the_first_of_several_solutions(corpus):
   rows = [{"problem": "1 + 2?", "solution": ["So \\boxed{3}.", "Or \\boxed{three}."]}]
   example = corpus("math", rows)()[0]
   assert example.answer == "3" and len(example.solutions) == 1
-  example = corpus("gsm8k", [{"question": "1 + 2?", "answer": ["a <<1+2=3>>\n#### 3", "b\n#### 3"]}])()[0]
+  example = corpus("gsm8k", [{"question": "1 + 2?", "answer": ["a <<1+2=3>>\n#### 3", "b\n#### 3.0"]}])()[0]
   assert (example.answer, solutions_of(example)) == ("3", ["a \n", "b\n"])
 
 

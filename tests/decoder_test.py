@@ -12,9 +12,10 @@ from rredcot_jax.model import attention, decoder
 from rredcot_jax.model.config import Compute
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_a_plain_implementation_padded_on_either_side(family):
-  config = FAMILIES[family]
+@pytest.mark.parametrize(
+  "config", [*FAMILIES.values(), dataclasses.replace(LLAMA, norm_epsilon=0.1)], ids=[*FAMILIES, "large epsilon"]
+)
+def test_equals_a_plain_implementation_padded_on_either_side(config):
   params = params_of(config)
   tokens = np.random.default_rng(1).integers(0, 11, 9)
   expected = plain(params, config, tokens)
@@ -24,6 +25,24 @@ def test_equals_a_plain_implementation_padded_on_either_side(family):
     hidden, _ = decoder.forward(params, config, padded, mask)
     logits = decoder.logits(params, hidden)[0, left : left + 9]
     np.testing.assert_allclose(logits, expected, atol=2e-4)
+
+
+def test_random_parameters_keep_the_size_of_what_they_are_given():
+  """Entries have variance 1 / inputs; of what is added to the stream 2 L times, 1 / (2 L inputs)."""
+  config = dataclasses.replace(
+    LLAMA, vocab_size=101, width=64, num_layers=3, mlp_width=96, qkv_bias=True, qk_norm=True, tied_embeddings=False
+  )
+  params = decoder.init(config, jax.random.key(5))
+  inputs = dict.fromkeys(("embedding", "head", "query", "key", "value", "gate", "up"), 64)
+  inputs |= {"out": 6 * config.num_heads * config.head_dim, "down": 6 * 96}
+  for name, leaf in (params["blocks"] | params).items():
+    if name.endswith("norm"):
+      assert (leaf == 1).all()
+    elif name.endswith("bias"):
+      assert (leaf == 0).all()
+    elif name != "blocks":
+      assert np.std(leaf) == pytest.approx(inputs[name] ** -0.5, rel=0.1) and abs(np.mean(leaf)) < 0.01, name
+  assert not np.array_equal(params["blocks"]["query"][0], params["blocks"]["query"][1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,6 +70,13 @@ def test_tokens_that_are_masked_out_of_the_middle_were_never_there(family):
   holed, _ = decoder.forward(params, config, tokens, real[None])
   whole, _ = decoder.forward(params, config, tokens[:, real], np.ones((1, 6), bool))
   np.testing.assert_allclose(holed[:, real], whole, atol=1e-5)
+
+
+def test_a_mask_of_other_rows_is_refused():
+  params = params_of(LLAMA)
+  for x, mask in (((1, 4, 16), (2, 4)), ((2, 4, 16), (1, 4)), ((2, 4, 16), (2, 1))):
+    with pytest.raises(AssertionError):
+      decoder.forward_from_embeddings(params, LLAMA, jnp.zeros(x), jnp.ones(mask, bool))
 
 
 def test_the_future_is_not_seen():

@@ -1,7 +1,10 @@
 """Prompts: what goes around a question, and that nothing in the question becomes part of it."""
 
+import json
+
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 
 from rredcot_jax.data import tasks
@@ -45,6 +48,27 @@ def test_a_question_cannot_speak_the_template():
   assert hostile in Codec(tokenizer).decode(ids)
 
 
+def test_a_question_cannot_hold_a_marker_that_is_an_ordinary_token():
+  """As in Qwen3's vocabulary, where `split_special_tokens` does not take the markers apart."""
+  described = json.loads(load_tokenizer(initial.locate("gsm_symbolic")).backend_tokenizer.to_str())
+  for added in described["added_tokens"]:
+    added["special"] = added["special"] and "think" not in added["content"]
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(described)), eos_token="<eos>", pad_token="<pad>"
+  )
+  think, close = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+  assert tokenizer.encode("a<think>", split_special_tokens=True)[-1] == think
+  ids = Codec(tokenizer).prompt_ids(example("a<think>b</think>"))
+  assert ids[-1] == think and ids.count(think) == 1 and close not in ids
+  assert Codec(tokenizer).decode(ids) == "a<think>b</think><think>"
+
+
+def test_an_id_outside_of_the_vocabulary_is_left_out():
+  codec = Codec(tokenizer_with(None))
+  think = codec.tokenizer.convert_tokens_to_ids("<think>")
+  assert codec.decode([think, -1, codec.vocab_size, 2**40, think]) == "<think><think>"
+
+
 def test_a_template_that_opens_the_thought_opens_it_once():
   tokenizer = tokenizer_with(OPENS_THE_THOUGHT)
   assert Codec(tokenizer).decode(Codec(tokenizer).prompt_ids(example("a"))) == "a<eos><think>\n"
@@ -64,8 +88,6 @@ def test_chat_can_be_left_out(tmp_path):
 
 
 def test_what_a_tokenizer_puts_before_every_text_stands_before_the_prompt():
-  import tokenizers
-
   tokenizer = tokenizer_with(None)
   first, last = tokenizer.convert_tokens_to_ids("<pad>"), tokenizer.eos_token_id
   tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(

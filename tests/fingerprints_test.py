@@ -20,6 +20,13 @@ def test_hashes_are_of_contents_and_not_of_places(tmp_path):
   assert re.fullmatch("[0-9a-f]{32}", same) and fingerprints.of_files([str(two)]) == same
   assert fingerprints.of_files([one / "b"]) == fingerprints.of_files([two / "b"]) != same
   assert fingerprints.of_files([one, two]) != same
+  (two / "b").rename(two.parent / "alone")  # The name of a file that is given by itself does not count.
+  assert fingerprints.of_files([two.parent / "alone"]) == fingerprints.of_files([one / "b"])
+  (two / "a").mkdir()
+  (two.parent / "alone").rename(two / "a" / "b")  # Within a directory the place counts.
+  assert fingerprints.of_files([two]) != same
+  (two / "a" / "b").rename(two / "b")
+  assert fingerprints.of_files([two]) == same
   (two / "b").rename(two / "c")  # Within a directory names count.
   assert fingerprints.of_files([two]) != same
   data = bytearray((one / "deep" / "a").read_bytes())
@@ -60,9 +67,10 @@ def test_packages_that_a_configuration_names_are_code_too(tmp_path, monkeypatch,
 
 def test_hashes_of_values_know_order_and_borders():
   hashes = {
-    fingerprints.of_values(values) for values in ([], ["ab"], ["a", "b"], ["b", "a"], [{"x": 1, "y": 2}], ["a"])
+    fingerprints.of_values(values)
+    for values in ([], ["ab"], ["a", "b"], ["b", "a"], [{"x": 1, "y": 2}], ["a"], [1, 2], [12])
   }
-  assert len(hashes) == 6
+  assert len(hashes) == 8
   assert fingerprints.of_values(iter([{"x": 1, "y": 2}])) == fingerprints.of_values([{"y": 2, "x": 1}])
 
 

@@ -144,8 +144,10 @@ ONES = np.ones((32, 48), np.float32)
      "'blk.1.ffn_down.weight' has the quantisation I8"),
     ({"tensors": {"rope_freqs.weight": (ONES[0], F32)}}, "'rope_freqs.weight'"),
     ({"tensors": {"token_embd.weight": None}}, "'token_embd.weight' is missing"),
+    ({"tensors": {"model.norm.weight": (ONES[0], F32)}}, "two of its tensors mean the same place"),
     ({"fields": {"rope.scaling.type": "linear"}}, "RoPE type 'linear'"),
     ({"fields": {"rope.dimension_count": 4}}, "rope.dimension_count=4"),
+    ({"fields": {"attention.value_length": 4}}, "attention.value_length=4"),
     ({"fields": {"attention.sliding_window": 64}}, "attention.sliding_window=64"),
     ({"fields": {"expert_count": 8}}, "expert_count=8"),
     ({"fields": {"block_count": None}}, "no 'block_count'"),
@@ -212,7 +214,7 @@ def write_tokenizer(path, split, words=("ab",), **fields):
     "model": "gpt2", "pre": split, "tokens": tokens, "token_type": types, "merges": merges,
     "bos_token_id": tokens.index("<bos>"), "eos_token_id": tokens.index("<eos>"),
   } | fields  # fmt: skip
-  values = {f"tokenizer.ggml.{name}": value for name, value in values.items()}
+  values = {f"tokenizer.{'' if name == 'chat_template' else 'ggml.'}{name}": x for name, x in values.items()}
   return write_gguf(path, fields=values)
 
 
@@ -264,6 +266,12 @@ def test_added_tokens_of_a_gguf_file(tmp_path):
   assert len(tokenizer.encode("<eos>", split_special_tokens=True)) == 5
   assert tokenizer.encode("e\u0301") == tokenizer.encode("é")  # Qwen composes.
   assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<bos>", "<eos>", "<eos>")
+
+
+def test_the_chat_template_of_a_gguf_file_is_the_tokenizers(tmp_path):
+  template = "{{ messages[0]['content'] }}<think>"
+  assert load_tokenizer(write_tokenizer(tmp_path / "a.gguf", "qwen2", chat_template=template)).chat_template == template
+  assert load_tokenizer(write_tokenizer(tmp_path / "b.gguf", "qwen2")).chat_template is None
 
 
 def test_a_text_begins_as_the_file_says(tmp_path):

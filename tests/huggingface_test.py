@@ -1,5 +1,6 @@
 """Checkpoints in and out: what is read is what was written, and what cannot be read is refused by name."""
 
+import itertools
 import json
 import pathlib
 import struct
@@ -51,6 +52,38 @@ def test_what_is_saved_is_what_was_loaded(name, make, tmp_path):
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
 
 
+def test_shards_are_filled_up_to_their_room(make, tmp_path):
+  config, params = huggingface.load(make("qwen3"))
+  sizes = {name: array.nbytes for name, array in tensors_of(make("qwen3")).items()}
+  room = 2 * max(sizes.values())
+  export.save(config, params, tmp_path / "saved", shard_bytes=room)
+  index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+  assert index["metadata"]["total_size"] == sum(sizes.values())
+  held = {}
+  for name, file in index["weight_map"].items():
+    held.setdefault(file, []).append(sizes[name])
+  shards = [held[file] for file in sorted(held)]
+  assert len(shards) > 2 and max(map(sum, shards)) <= room
+  assert all(sum(one) + following[0] > room for one, following in itertools.pairwise(shards))
+
+
+def test_a_save_replaces_what_lies_there_and_is_none_before_its_end(make, monkeypatch):
+  directory = make("llama")
+  config, params = huggingface.load(directory)
+  other = jax.tree.map(lambda x: x + 1, params)
+  export.save(config, other, directory)  # Beside a model.safetensors, which would be read first.
+  assert_equal_trees(huggingface.load(directory)[1], other)
+
+  def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    export.save(config, params, directory, shard_bytes=10_000)
+  with pytest.raises(FileNotFoundError, match="no weights in"):
+    huggingface.load(directory)
+
+
 @pytest.mark.parametrize("name", cases.CASES)
 def test_transformers_reads_our_config_as_its_own(name, make, tmp_path):
   source = make(name)
@@ -95,6 +128,27 @@ def test_both_spellings_of_rope_mean_the_same(make):
   assert huggingface.load_config(make("qwen2-yarn", rope_parameters=..., rope_scaling=options)).rope_scaling == (
     new.rope_scaling
   )
+
+
+def test_of_two_spellings_of_rope_the_older_counts_as_in_transformers(make):
+  other = {"type": "yarn", "factor": 3.0, "original_max_position_embeddings": 64}
+  both = make("qwen2-yarn", rope_scaling=other)
+  theirs = transformers.AutoConfig.from_pretrained(both).rope_parameters
+  assert theirs["factor"] == 3.0 and cases.CASES["qwen2-yarn"]["rope_parameters"]["factor"] == 4.0
+  assert huggingface.load_config(both).rope_scaling == RopeScaling("yarn", 3.0, 64)
+
+
+@pytest.mark.parametrize("kind", huggingface_format.ARCHITECTURES)
+def test_a_missing_field_means_what_transformers_takes_for_it(kind, tmp_path):
+  sizes = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+  sizes |= {"intermediate_size": 96, "num_key_value_heads": 2, "model_type": kind, "use_sliding_window": False}
+  (tmp_path / "config.json").write_text(json.dumps(sizes))
+  ours = huggingface_format.parse_config(tmp_path / "config.json")
+  theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+  assert (ours.norm_epsilon, ours.tied_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+  assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 4) == (128 if kind == "qwen3" else 16)
+  assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
+  assert ours.max_positions == 0  # Not known, so nothing is refused for its length.
 
 
 # What the fields that matter are in the published files.
@@ -267,6 +321,15 @@ def shard_of(directory):
   return sorted(directory.glob("model-*.safetensors"))[2]
 
 
+def test_one_whole_file_counts_before_an_index_as_in_transformers(make):
+  directory = make("llama")
+  config, params = huggingface.load(directory)
+  (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+  again, params_again = huggingface.load(directory)
+  assert again == config
+  assert_equal_trees(params_again, params)
+
+
 def test_missing_files_are_named(sharded, tmp_path):
   for path, message in ((tmp_path / "none", "no checkpoint at"), (tmp_path, "config.json"), ("x.gguf", "x.gguf")):
     with pytest.raises(FileNotFoundError, match=message):
@@ -284,6 +347,14 @@ def test_a_tensor_that_is_not_where_the_index_says_is_named(sharded):
   shard = shard_of(sharded)
   tensors = safetensors.numpy.load_file(shard)
   name = sorted(tensors)[0]
+  index = sharded / "model.safetensors.index.json"
+  placed = json.loads(index.read_text())["weight_map"]
+  other = next(tensor for tensor, file in placed.items() if file != shard.name)
+  swapped = {name: placed[other], other: shard.name}
+  index.write_text(json.dumps({"weight_map": swapped | {t: f for t, f in placed.items() if t not in swapped}}))
+  with pytest.raises(ValueError, match=rf"{placed[other]}: tensor '{name}' is missing, though"):
+    huggingface.load(sharded)
+  index.write_text(json.dumps({"weight_map": placed}))
   del tensors[name]
   safetensors.numpy.save_file(tensors, shard)
   with pytest.raises(ValueError, match=rf"{shard.name}: tensor '{name}' is missing"):
@@ -416,13 +487,15 @@ def test_every_token_that_ends_a_text_is_kept(make, tmp_path):
 
 
 def test_companions_are_taken_over_but_for_the_dtype(make, tmp_path):
-  source = make("llama", torch_dtype="bfloat16", bos_token_id=7)
+  source = make("llama", torch_dtype="bfloat16", dtype="bfloat16", bos_token_id=7)
   (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+  (source / "chat_template.jinja").write_text("{{ messages }}")
   config, params = huggingface.load(source)
   export.save(config, params, tmp_path / "saved", companions=source)
+  assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "{{ messages }}"
   saved = json.loads((tmp_path / "saved" / "config.json").read_text())
   # Else transformers would round float32 tensors to what the original was stored in.
-  assert (saved["bos_token_id"], saved["torch_dtype"]) == (7, "float32")
+  assert (saved["bos_token_id"], saved["torch_dtype"]) == (7, "float32") and "dtype" not in saved
   assert ends_of(tmp_path / "saved") == [2, 3]
   export.save(config, params, source, companions=source)  # Over itself.
   assert_equal_trees(huggingface.load(source)[1], params)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from rredcot_jax.model import decoder, export
 from rredcot_jax.model.config import ModelConfig
@@ -16,7 +17,7 @@ from rredcot_jax.parallel import sharding
 from rredcot_jax.train import initial
 
 MODEL = ModelConfig(vocab_size=11, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24)
-KEY = jax.random.key(0)
+KEY = jax.random.key(3)
 
 
 def same(a, b):
@@ -61,6 +62,24 @@ def test_half_written_parameters_are_named(tmp_path):
     initial.load_params(path, wrong)
   with pytest.raises(FileNotFoundError, match="nowhere"):
     initial.load_params("nowhere.safetensors", wrong)
+
+
+def test_parameters_in_the_file_stay_until_new_ones_are_whole(tmp_path, monkeypatch):
+  path = tmp_path / "a.safetensors"
+  initial.save_params({"a": np.ones(3, np.float32)}, path)
+
+  def full(tensors, where):
+    pathlib.Path(where).write_bytes(b"half")
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", full)
+  with pytest.raises(OSError, match="No space left"):
+    initial.save_params({"a": np.zeros(3, np.float32)}, path)
+  # A file may hold another type than the model's.
+  for dtype in (np.float32, np.float16):
+    found = initial.load_params(path, {"a": jax.ShapeDtypeStruct((3,), dtype)})["a"]
+    assert found.dtype == dtype and (found == 1).all()
+  assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def tensors_file(names, pad=0):

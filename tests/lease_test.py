@@ -52,6 +52,12 @@ def test_a_second_run_is_refused_while_the_first_lives_and_not_after_a_kill(held
   for _ in range(2):  # Looking does not take the lock away from its holder.
     with pytest.raises(ValueError, match=IN_USE % process.pid):
       claim(path)
+  if locks:  # The lock alone keeps others out, too.
+    lease = (path / "run.lease").read_bytes()
+    (path / "run.lease").unlink()
+    with pytest.raises(ValueError, match="is in use by"):
+      claim(path)
+    (path / "run.lease").write_bytes(lease)
   process.send_signal(signal.SIGKILL)
   process.wait()
   assert (path / "run.lease").exists()
@@ -87,6 +93,22 @@ def test_a_lease_that_is_none_keeps_nobody_out(tmp_path, monkeypatch, lease):
   begin(tmp_path)
   (tmp_path / "run.lease").write_text(lease)
   claim(tmp_path).close()
+
+
+def test_a_process_that_got_the_number_of_a_dead_holder_keeps_nobody_out(tmp_path):
+  begin(tmp_path)
+  me = lease_lib._me()
+  (tmp_path / "run.lease").write_text(json.dumps(me | {"started": str(int(me["started"]) - 1), "command": "old.py"}))
+  claim(tmp_path).close()
+
+
+def test_a_process_that_nobody_has_waited_for_has_ended():
+  process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+  assert lease_lib._started(process.pid) is not None
+  process.stdin.close()
+  os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # It stays in the kernel's table.
+  assert lease_lib._started(process.pid) is None
+  process.wait()
 
 
 def without_locks(*_):
@@ -134,6 +156,19 @@ def test_a_holder_on_another_machine_is_watched_for_a_sign_of_life(tmp_path, mon
   assert "was held by a run on far, pid 7 (python far.py): watching for 1 s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("other", [{"namespace": "pid:[1]"}, {"boot": "another"}, {"boot": "", "namespace": ""}])
+def test_a_process_number_says_nothing_of_another_container_or_where_there_is_no_proc(tmp_path, monkeypatch, other):
+  monkeypatch.setattr(lease_lib, "LEASE_SECONDS", 0.3)
+  begin(tmp_path)
+  me = lease_lib._me()
+  if other.get("boot") == "":  # Neither machine has it.
+    monkeypatch.setattr(lease_lib, "_me", lambda: me | other)
+  (tmp_path / "run.lease").write_text(json.dumps(me | {"host": "far", "pid": 2**22 + 1, "command": "x"} | other))
+  began = time.monotonic()
+  claim(tmp_path).close()
+  assert time.monotonic() - began > 0.29
+
+
 @pytest.mark.parametrize("how", ["removed", "taken"])
 def test_a_run_hears_that_its_directory_was_removed_or_taken(tmp_path, monkeypatch, how):
   monkeypatch.setattr(lease_lib, "_BEAT_SECONDS", 0.05)
@@ -142,18 +177,36 @@ def test_a_run_hears_that_its_directory_was_removed_or_taken(tmp_path, monkeypat
     mine.check()
     if how == "removed":
       (tmp_path / "run").rename(tmp_path / "gone")
-    else:
-      lease = json.loads((tmp_path / "run" / "run.lease").read_text())
-      (tmp_path / "run" / "run.lease").write_text(json.dumps(lease | {"token": "theirs", "host": "far", "pid": 7}))
+    theirs = json.dumps(lease_lib._me() | {"command": "x", "token": "theirs", "host": "far", "pid": 7})
     deadline = time.monotonic() + 20
     with pytest.raises(
       lease_lib.ClaimLost, match="removed, or moved away" if how == "removed" else "taken by a run on far"
     ):
       while time.monotonic() < deadline:
+        if how == "taken":  # Again and again, because a beat that has just read its own lease still writes it.
+          (tmp_path / "run" / "run.lease").write_text(theirs)
         mine.check()
         time.sleep(0.01)
   # What is the other's is left to it.
   assert how == "removed" or json.loads((tmp_path / "run" / "run.lease").read_text())["token"] == "theirs"
+
+
+def test_a_lease_replaces_a_longer_one_and_is_renewed_when_it_reads_as_half_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease_lib, "_BEAT_SECONDS", 0.05)
+  begin(tmp_path)
+  former = lease_lib._me() | {"pid": 2**22 + 1, "command": "x" * 1000, "host": "y" * 200}
+  (tmp_path / "run.lease").write_text(json.dumps(former))
+  with claim(tmp_path) as mine:
+    assert lease_lib.read(tmp_path)["token"] == mine.token
+    size = (tmp_path / "run.lease").stat().st_size
+    (tmp_path / "run.lease").write_text("{")
+    deadline = time.monotonic() + 20
+    while (lease_lib.read(tmp_path) or {}).get("token") != mine.token:
+      mine.check()
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    # Its length never changes, so that a full disk has room for it.
+    assert (tmp_path / "run.lease").stat().st_size == size
 
 
 def test_one_process_may_claim_its_own_directory_again(tmp_path):

@@ -341,10 +341,13 @@ def test_values_do_not_depend_on_rounds_workers_or_slots():
     other = estimate(k=6, **options)
     np.testing.assert_array_equal(other.rewards, plain.rewards)
     assert other.generated_tokens == plain.generated_tokens and other.judged == plain.judged
-  resumed = estimate(k=2).joined(estimate(k=4, first_sample=2, samples_per_round=2))
+  first, later = estimate(k=2), estimate(k=4, first_sample=2, samples_per_round=2)
+  resumed = first.joined(later)
   np.testing.assert_array_equal(resumed.rewards, plain.rewards)
   np.testing.assert_array_equal(resumed.values, plain.values)
   assert resumed.generated_tokens == plain.generated_tokens and resumed.num_samples == 6
+  for cost in ("computed_tokens", "judged", "generation_seconds", "seconds"):
+    assert getattr(resumed, cost) == getattr(first, cost) + getattr(later, cost) > getattr(later, cost) > 0
 
 
 def test_terminal_values_are_the_returns_and_missing_states_are_masked():
@@ -403,6 +406,16 @@ def test_the_judge_sees_each_whole_trace_once():
     for sample in range(16):
       ids = np.asarray(drawn.tokens[row, state, sample])[: int(drawn.lengths[row, state, sample])]
       assert result.rewards[row, state, sample] == verdict(row, (*prefix, *ids.tolist()))
+
+
+def test_no_gradient_reaches_the_policy():
+  params, *rest = tiny()
+
+  def log_prob(params):
+    drawn, _ = continuations.generate_from_states(params, TINY, *rest, jax.random.key(3), k=2, **TINY_OPTIONS)
+    return drawn.sampler_log_probs.sum()
+
+  assert all(not leaf.any() for leaf in jax.tree.leaves(jax.grad(log_prob)(params)))
 
 
 def test_compiled_equals_eager():

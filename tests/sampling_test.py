@@ -144,7 +144,14 @@ def test_sharded_over_four_devices_equals_one():
 
 
 @pytest.mark.parametrize(
-  ("options", "message"), [({"temperature": 0.0}, "temperature=0"), ({"top_p": 0.0}, "top_p=0"), ({"top_k": 99}, "99")]
+  ("options", "message"),
+  [
+    ({"temperature": 0.0}, "temperature=0"),
+    ({"top_p": 0.0}, "top_p=0"),
+    ({"top_p": 1.1}, r"top_p=1\.1"),
+    ({"top_k": 99}, r"top_k=99 must lie in \[0, 13\] .the vocabulary."),
+    ({"top_k": -1}, "top_k=-1 must lie in"),
+  ],
 )
 def test_bad_options_are_named(options, message):
   with pytest.raises(ValueError, match=message):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_config
 
-from rredcot_jax.credit import attribution, source, sources
+from rredcot_jax.credit import attention, attribution, source, sources
 from rredcot_jax.train import validation
 from rredcot_jax.train.experiment import Experiment
 
@@ -49,6 +49,12 @@ def test_every_named_class_of_the_package_is_built_in():
   assert len(attributions) == 5
   assert not any(sources.SOURCES[name].estimates_values for name in attributions)
   assert all(sources.SOURCES[name].estimates_values for name in sources.SOURCES.keys() - attributions)
+
+
+def test_a_class_without_a_name_of_its_own_is_not_built_in(monkeypatch):
+  nameless = type("Nameless", (attention.Attention,), {})
+  monkeypatch.setattr(attention, "Nameless", nameless, raising=False)
+  assert sources._built_in() == sources.SOURCES
 
 
 def test_a_class_of_ones_own_is_found_given_its_options_and_held_to_its_modes():
@@ -111,6 +117,14 @@ def test_a_bank_holds_what_its_options_say():
   assert setting.bank == expected and setting.chunk_size == 3 and setting.temperature == 1.0
   config.credit.chunk_size = 0
   assert Experiment(config).setting.chunk_size is None
+
+
+def test_continuations_end_and_are_sampled_as_traces_are():
+  setting = Experiment(config_with("monte_carlo", "signed")).setting
+  codec = dataclasses.replace(setting.codec, end_ids=(3, 5))
+  setting = dataclasses.replace(setting, codec=codec, sampling={"max_tokens": 7, "temperature": 0.5, "top_k": 2})
+  expected = {"max_tokens": 7, "temperature": 0.5, "top_k": 2, "eos_id": (3, 5), "pad_id": codec.pad_id}
+  assert setting.generation == expected and setting.temperature == 0.5
 
 
 def test_a_batch_reads_its_rows_once(monkeypatch):

@@ -59,6 +59,7 @@ def test_exact_match_reads_the_answer_and_not_the_thought():
     ("\N{EN DASH}5", "-5"),
     ("\N{MINUS SIGN}5", "-5"),
     ("\N{EURO SIGN}5", "5"),
+    ("5." + "0" * (verifiers.MAX_NUMBER_CHARS - 2), "5"),
   ],
 )
 def test_numeric_match_accepts_the_ways_to_write_a_number(response, answer):
@@ -83,6 +84,7 @@ def test_numeric_match_accepts_the_ways_to_write_a_number(response, answer):
     (".", "0"),
     ("%", "0"),
     ("0.30000000000000004", "0.3"),
+    ("5." + "0" * (verifiers.MAX_NUMBER_CHARS - 1), "5"),
     ("42", "no number"),
     ("no number", "no number"),
   ],
@@ -263,6 +265,8 @@ def test_the_question_handed_back_pays_only_where_any_form_does(answer, gold):
     (rf"{THIRD}", 0.0),
     (rf"</think>\boxed{{{THIRD}", 0.0),
     (rf"</think>{THIRD} \boxed{{}}", 0.0),
+    (rf"</think>The answer is ${THIRD}$, \boxed{{}}", 0.0),
+    (rf"</think>\fbox{{ ${THIRD}$", 0.0),
     (r"</think>$2$ or $\frac{1}{3}$", 0.0),
     (r"</think>$\frac{1}{3}$ or $2$", 0.0),
     (r"</think>Since $x>0$, $x=\frac{1}{3}$.", 1.0),

@@ -99,10 +99,12 @@ def test_a_config_that_is_none_is_named_and_left_alone(tmp_path, text, message):
 
 
 def test_what_lacks_its_config_is_refused(tmp_path):
-  begin(tmp_path, metrics=[0])
+  begin(tmp_path, metrics=[0], checkpoints=[2])
   (tmp_path / "config.json").unlink()
-  with pytest.raises(ValueError, match=r"holds metrics\.jsonl but no config\.json, which says whose they are"):
-    claim(tmp_path)
+  for what in (r"metrics\.jsonl and checkpoints", "checkpoints"):
+    with pytest.raises(ValueError, match=rf"holds {what} but no config\.json, which says whose they are"):
+      claim(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
   with pytest.raises(ValueError, match=r"is no work directory of experiments/train\.py"):
     workdir.read(tmp_path)
 
@@ -164,6 +166,18 @@ def test_checkpoints_that_are_gone_do_not_begin_the_run_again(tmp_path, metrics,
       claim(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()  # As the message says.
   claim(tmp_path).close()
+
+
+def test_a_run_that_goes_on_without_checkpoints_may_have_none(tmp_path):
+  config = tiny_config.get_config()
+  config.num_steps, config.checkpoint.on_failure = 6, "continue"
+  workdir.claim(tmp_path, config, "python train.py").close()
+  (tmp_path / "checkpoints").mkdir()
+  (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(6)))
+  workdir.claim(tmp_path, config, "python train.py").close()
+  (tmp_path / "checkpoints").rmdir()
+  with pytest.raises(ValueError, match="has metrics to step 5 and no checkpoint"):
+    workdir.claim(tmp_path, config, "python train.py")
 
 
 # ---- What it is made from --------------------------------------------------------------------
