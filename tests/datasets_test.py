@@ -458,10 +458,12 @@ def test_a_list_of_solutions_is_several_references(tmp_path, kind, suffix):
 
 
 def test_the_answer_is_derived_from_the_first_of_several_solutions(corpus):
-  rows = [{"problem": "1 + 2?", "solution": ["So \\boxed{3}.", "Or \\boxed{three}."]}]
+  rows = [{"problem": "1 + 2?", "solution": ["So \\boxed{3}.", "Or \\boxed{4}.", "Or \\boxed{3.0}.", "Or three."]}]
   example = corpus("math", rows)()[0]
-  assert example.answer == "3" and len(example.solutions) == 1
-  example = corpus("gsm8k", [{"question": "1 + 2?", "answer": ["a <<1+2=3>>\n#### 3", "b\n#### 3.0"]}])()[0]
+  expected = ["So \\boxed{3}.\n", "Or \\boxed{3.0}.\n", "Or three.\n"]  # The second has another answer.
+  assert (example.answer, solutions_of(example)) == ("3", expected)
+  answers = ["a <<1+2=3>>\n#### 3", "b\n#### 3.0", "c\n#### 4"]
+  example = corpus("gsm8k", [{"question": "1 + 2?", "answer": answers}])()[0]
   assert (example.answer, solutions_of(example)) == ("3", ["a \n", "b\n"])
 
 

@@ -246,6 +246,16 @@ def test_a_run_whose_configuration_is_another_programs_is_named(tmp_path, change
     small().restore_params(tmp_path / "run")
 
 
+def test_a_run_of_before_an_option_was_added_has_its_default(tmp_path):
+  workdir_lib.claim(tmp_path / "run", small().config, "test").close()
+  path = tmp_path / "run" / "config.json"
+  held = json.loads(path.read_text())
+  del held["config"]["credit"]["bank_size"], held["config"]["response"]
+  path.write_text(json.dumps(held))
+  with pytest.raises(ValueError, match="holds no checkpoint yet"):  # Its configuration is read before.
+    small().restore_params(tmp_path / "run")
+
+
 def test_another_end_is_another_content(tmp_path):
   experiment, prints = small(), []
   for ends in ([1], [1, 4]):

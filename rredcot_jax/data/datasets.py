@@ -8,7 +8,8 @@ hash of their contents, so that a changed file is a new cache; the cache may be
 deleted at any time that no run uses it. TensorFlow is not needed.
 
 References. A solution field that is a list of texts holds several reference
-solutions of one answer. With `group_questions` the rows of one question are one
+solutions. Where answers are derived, one that ends in another answer than the
+first is left out. With `group_questions` the rows of one question are one
 example with a reference solution from each.
 
 Splits. "train" and "eval" never share a question, up to white space:
@@ -291,19 +292,22 @@ def _parse(schema: Schema, row: corpus_files.Row, match: Callable[[str, str], fl
     ValueError: if a field is missing or is no text.
   """
   question = _question(schema, row)
+  same = lambda answer, gold: match(THINK_CLOSE + answer, gold) == 1.0
   solutions, answer = _solutions(schema, row), _answer(schema, row)
   if not answer and schema.derive == "####":
     parts = [_marked_answer(row, _CALCULATOR.sub("", solution)) for solution in solutions]
-    solutions, answer = [solution for solution, _ in parts], parts[0][1]
+    answer = parts[0][1]
+    solutions = [parts[0][0], *(solution for solution, other in parts[1:] if same(other, answer))]
   elif not answer and schema.derive == "boxed":
-    answer = verifiers.gold_answer_from_solution(solutions[0]) or ""
+    answer, *others = (verifiers.gold_answer_from_solution(solution) or "" for solution in solutions)
+    solutions = [solutions[0], *(s for s, other in zip(solutions[1:], others) if not other or same(other, answer))]
     if not answer:
       raise RowWithoutAnswerError(f"{row}: the row has no answer: its solution has no \\boxed{{...}}.")
   elif not answer:
     raise RowWithoutAnswerError(
       f"{row}: the row has no answer: no value in a field {_either(schema.answer)}; its fields are {_fields(row)}."
     )
-  if match(THINK_CLOSE + answer, answer) != 1.0:
+  if not same(answer, answer):
     raise RowWithoutAnswerError(
       f"{row}: the row has no answer that can be rewarded: the matcher rejects its gold answer {answer[:80]!r}."
     )

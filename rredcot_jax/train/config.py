@@ -189,6 +189,15 @@ def add_study(config: ConfigDict) -> None:
   _open_options(config)
 
 
+def fill_in(config: ConfigDict, defaults: ConfigDict) -> None:
+  """Puts in the options of `defaults` that `config` lacks, because the version that wrote it did not have them."""
+  for name, value in defaults.items():
+    if name not in config:
+      config[name] = value
+    elif isinstance(value, ConfigDict) and isinstance(config[name], ConfigDict):
+      fill_in(config[name], value)
+
+
 def _open_options(config: ConfigDict) -> ConfigDict:
   """Unlocks the options that are passed to classes which a configuration names."""
   for options in (config.task.options, config.evaluation.task.options, config.credit.options):

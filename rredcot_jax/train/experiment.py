@@ -26,6 +26,7 @@ from rredcot_jax.model.config import Compute, ModelConfig, RopeScaling
 from rredcot_jax.ops.names import check_option
 from rredcot_jax.parallel import processes, sharding
 from rredcot_jax.train import checkpoint, differences, fingerprints, initial, train_step, validation
+from rredcot_jax.train import config as config_lib
 from rredcot_jax.train import workdir as workdir_lib
 
 
@@ -197,6 +198,7 @@ class Experiment:
     """
     read = workdir_lib.read(workdir)
     held, begun_with = ConfigDict(read["config"]), read.get("fingerprints", {})
+    config_lib.fill_in(held, config_lib.default_config())
     changed = [name for name, now in self._text_fingerprints.items() if begun_with.get(name, now) != now]
     if changed:
       logging.warning(
