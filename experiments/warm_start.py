@@ -27,6 +27,7 @@ from tqdm import tqdm
 from rredcot_jax.data import batching
 from rredcot_jax.model import export
 from rredcot_jax.parallel import sharding
+from rredcot_jax.report import files
 from rredcot_jax.train import checkpoint, evaluation, initial, launch, lease, preflight, train_step
 from rredcot_jax.train import workdir as workdir_lib
 from rredcot_jax.train.experiment import Experiment
@@ -42,6 +43,7 @@ def main(_) -> None:
   if output.exists() and figures_path.exists():
     print(figures_path.read_text(encoding="utf-8"))
     return
+  files.check_target(output, directory=output.suffix != ".safetensors")
   experiment = Experiment(config)
   try:
     progress_path = workdir_lib.check_path(output.with_name(output.name + ".checkpoints"))

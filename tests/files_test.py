@@ -25,6 +25,25 @@ def test_content_replaces_the_file_and_nothing_lies_beside_it(path):
   assert sorted(os.listdir(path.parent)) == ["file.json", "new"]
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "link").symlink_to("nowhere")
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "file").touch()
+  (tmp_path / "to file").symlink_to("file")
+  (tmp_path / "device").symlink_to("/dev/null")
+  for name in ("pipe", "link", "folder", "device"):
+    with pytest.raises(ValueError, match=rf"{name} is a .*, and a file is written there: choose another path"):
+      files.write_whole(tmp_path / name, "new")
+  with pytest.raises(ValueError, match="file is a file, and a directory is written there"):
+    files.check_target(tmp_path / "file", directory=True)
+  for name in ("file", "to file", "new"):
+    files.write_whole(tmp_path / name, "new")
+  for name in ("folder", "nothing yet"):
+    files.check_target(tmp_path / name, directory=True)
+  assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode) and not any(path.suffix for path in tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt])
 def test_an_error_in_the_block_leaves_the_old_file_alone(path, raised):
   with pytest.raises(raised), files.replacing(path) as temporary:

@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 from rredcot_jax.model import decoder, export, huggingface
 from rredcot_jax.model.source import read_json
 from rredcot_jax.model.tokenizer import end_ids, load_tokenizer
+from rredcot_jax.report import files
 from rredcot_jax.train import workdir as workdir_lib
-from rredcot_jax.train.config import default_config
+from rredcot_jax.train.config import default_config, fill_in
 from rredcot_jax.train.experiment import Experiment
 
 SOURCE = flags.DEFINE_string("source", None, "A directory, a .gguf file, package:NAME, or a work directory.")
@@ -32,7 +33,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the w
 
 
 def main(_) -> None:
-  source, output = resolve(SOURCE.value), pathlib.Path(OUTPUT.value)
+  source, output = resolve(SOURCE.value), files.check_target(OUTPUT.value, directory=True)
   dtype = jnp.dtype(DTYPE.value)
   if is_workdir(source):
     model, params, codec = load_run(source)
@@ -74,6 +75,7 @@ def is_workdir(path: pathlib.Path) -> bool:
 def load_run(workdir: pathlib.Path):
   """The newest checkpoint of a run: its sizes, parameters and codec."""
   config = ConfigDict(workdir_lib.read(workdir)["config"])
+  fill_in(config, default_config())
   # The checkpoint is read on this machine's devices, whatever the layout of the run was.
   config.mesh, config.rollout_mesh = default_config().mesh, default_config().rollout_mesh
   experiment = Experiment(config)

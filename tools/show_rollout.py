@@ -20,7 +20,7 @@ from rredcot_jax.credit.assigner import Assigner
 from rredcot_jax.credit.source import Batch
 from rredcot_jax.data import batching, judging
 from rredcot_jax.parallel import sharding
-from rredcot_jax.report import plots, terminal
+from rredcot_jax.report import files, plots, terminal
 from rredcot_jax.train import trace_records
 from rredcot_jax.train.experiment import Experiment, make_source
 
@@ -33,6 +33,8 @@ PICTURE = flags.DEFINE_string("picture", None, "Also write the last trace shown 
 
 def main(_: Any) -> None:
   config = CONFIG.value
+  if PICTURE.value:
+    files.check_target(PICTURE.value)
   experiment = Experiment(config)
   rule, task, codec, mesh = experiment.rule, experiment.held_out, experiment.codec, experiment.rollout_mesh
   if not rule.redistributes:

@@ -6,6 +6,22 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from rredcot_jax.report.text import visible
+
+
+def check_target(path: str | os.PathLike, *, directory: bool = False) -> Path:
+  """`path`, which is to be a file, or a `directory`, and is not there yet or is one.
+
+  Raises:
+    ValueError: if it is something else, such as a device, which a file of its name would take the place of.
+  """
+  path = Path(path)
+  if os.path.lexists(path) and not (path.is_dir() if directory else path.is_file()):
+    kind = "a directory" if path.is_dir() else "a file" if path.is_file() else "a device, a pipe or a link to nothing"
+    wanted = "a directory" if directory else "a file"
+    raise ValueError(f"{visible(str(path))} is {kind}, and {wanted} is written there: choose another path.")
+  return path
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
@@ -23,8 +39,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
   Raises:
     OSError: if the folder is not there or the disk refuses.
+    ValueError: see `check_target`.
   """
-  path = Path(path)
+  path = check_target(path)
   temporary = path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}.tmp")
   with open(temporary, "xb") as file:
     mode = os.fstat(file.fileno()).st_mode

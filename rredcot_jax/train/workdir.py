@@ -296,8 +296,9 @@ def alone(path: str | os.PathLike) -> Iterator[None]:
     ValueError: if another process holds it, or if `path` is a directory or a URL.
     WriteFailed: if the folder cannot be written.
   """
-  if pathlib.Path(path).is_dir() or re.match(_URL, os.fspath(path)):
-    raise ValueError(f"--output={os.fspath(path)} must be a file on a disk, and is a directory or a URL.")
+  if re.match(_URL, os.fspath(path)):
+    raise ValueError(f"--output={os.fspath(path)} must be a file on a disk, and is a URL.")
+  files.check_target(path)
   with writing(path):
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     descriptor, held = lease.try_lock(f"{os.fspath(path)}.lock")
