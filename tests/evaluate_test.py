@@ -337,7 +337,7 @@ def test_a_full_disk_is_named_and_the_evaluation_goes_on_with_room(whole, tmp_pa
 @pytest.mark.parametrize("place", ["", "gs://bucket/results.json"])
 def test_an_output_that_is_no_file_is_refused_before_anything_is_sampled(tmp_path, monkeypatch, place):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match="a file on a disk, and is a URL|is a directory, and a file is written there"):
+  with pytest.raises(ValueError, match=r"a file on a disk, and is a URL|is a directory, and a file is written there"):
     evaluate.run(tiny(), None, samples=1, output=pathlib.Path(place or tmp_path))
   assert not list(tmp_path.iterdir())
 
