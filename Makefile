@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check
-SOURCES := rredcot_jax experiments configs tools tests benchmarks setup.py
-SCRIPTS := experiments configs tools benchmarks
+SOURCES := rredcot_jax experiments configs tools tests benchmarks examples setup.py
+SCRIPTS := experiments configs tools benchmarks examples
 
-.PHONY: demo demo-seeds demo-llm test rehearse faults test-peers test-newest test-floors test-package lint docs notebook bench bench-peers peers tokenizers clean
+.PHONY: demo demo-seeds demo-llm test rehearse faults test-peers test-tunix test-newest test-floors test-package lint docs notebook bench bench-peers peers tokenizers clean
 
 # A .venv that holds another Python than the one asked for would be used without a word.
 ifeq ($(origin PYTHON)$(filter clean,$(MAKECMDGOALS)),command line)
@@ -51,8 +51,17 @@ rehearse: .venv/rehearse
 	touch $@
 
 # The tests that compare with other people's code or compile for TPUs, and no others.
-test-peers: peers
+test-peers: peers test-tunix
 	$(BIN)/python -m pytest -m peers $(IN_PARALLEL)
+
+# Tunix wants other versions of what .venv holds, so that it has a set-up of its own.
+test-tunix: .venv-tunix/ready
+	.venv-tunix/bin/python -m pytest -p no:cacheprovider -m peers tests/tunix_test.py
+
+.venv-tunix/ready: setup.py
+	$(PYTHON) -m venv .venv-tunix
+	.venv-tunix/bin/python $(PIP) -e '.[tunix]' pytest hypothesis
+	touch $@
 
 peers: .venv/peers
 
@@ -99,7 +108,8 @@ else
 endif
 
 IMPORT_ALL := import importlib, pkgutil, rredcot_jax as rr; \
-  [importlib.import_module(one.name) for one in pkgutil.walk_packages(rr.__path__, "rredcot_jax.")]
+  [importlib.import_module(one.name) for one in pkgutil.walk_packages(rr.__path__, "rredcot_jax.") \
+    if not one.name.startswith("rredcot_jax.integrations.")]
 
 # With the oldest release of everything that the package needs by setup.py: every module is imported, a run makes a step.
 test-floors:
@@ -176,4 +186,4 @@ bench-peers: peers
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-floors .venv-package .venv-docs site runs
+	rm -rf .venv .venv-newest .venv-floors .venv-package .venv-docs .venv-tunix site runs

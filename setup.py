@@ -48,6 +48,8 @@ setuptools.setup(
     # Where metrics go beside metrics.jsonl and TensorBoard, by config.tracker.
     "wandb": ["wandb>=0.31"],
     "trackio": ["trackio>=0.43"],
+    # rredcot_jax.integrations.tunix, which overrides methods of this release that are not public.
+    "tunix": ["google-tunix==0.1.7", "flax>=0.12.1"],
     # For NVIDIA GPUs.
     "cuda": ["jax[cuda12]>=0.10"],
     # libtpu of the version that belongs to the jax installed: tools/tpu_compile.py compiles with it on a CPU.

@@ -674,6 +674,20 @@ def test_what_a_bank_reads_and_is_not_given_is_named(name, missing):
     make_bank(name, **given | {missing: None}, max_tokens=9)
 
 
+@pytest.mark.parametrize(("name", "field"), [("rollouts", "sampler_log_probs"), ("own", "truncated")])
+def test_only_two_banks_read_more_of_a_rollout_than_tokens(name, field):
+  rollout, segments = batch([TRACE], [[9]], exits=[(6, 7)])
+  bare = Rollout(rollout.prompt_tokens, rollout.prompt_mask, rollout.tokens, rollout.mask)
+  options = {"max_tokens": 9, "group_size": 1}
+  for other in banks.BANKS:
+    if other not in ("rollouts", "own"):
+      assert make_bank(other, [REFERENCE], bare, segments, None, NEWLINES, **options).completions.valid.any()
+  given = dataclasses.replace(bare, **{field: getattr(rollout, field)})
+  assert make_bank(name, [REFERENCE], given, segments, np.ones(1), **options).completions.valid.any()
+  with pytest.raises(ValueError, match=rf"bank='{name}' reads rollout.{field}, which is None: make the Rollout with"):
+    make_bank(name, [REFERENCE], bare, segments, np.ones(1), **options)
+
+
 def test_arrays_of_unequal_rows_are_named():
   rollout, segments = batch([TRACE], [[9]])
   with pytest.raises(ValueError, match=r"rows differ: references has 2, rollout.tokens has 1, segments.ends has 1"):

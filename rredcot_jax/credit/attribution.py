@@ -217,6 +217,7 @@ def thought_lengths(rollout: types.Rollout, exit_ids: chex.Array) -> chex.Array:
   chex.assert_rank([rollout.tokens, rollout.mask, rollout.truncated, exit_ids], [2, 2, 1, 1])
   size, width = rollout.tokens.shape[1], exit_ids.shape[0]
   lengths = jnp.sum(rollout.mask, axis=1, dtype=jnp.int32)
+  assert rollout.truncated is not None  # The sampler records it.
   ended = jnp.logical_and(jnp.logical_not(rollout.truncated), lengths > 0)
   written = lengths - ended.astype(jnp.int32)
   if width == 0 or width > size:

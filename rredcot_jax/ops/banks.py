@@ -117,6 +117,17 @@ class BankInputs:
       raise ValueError(f"bank={self.bank!r} reads {field}, which is None: pass make_bank(..., {field}=...).")
     return value
 
+  def recorded(self, field: str) -> np.ndarray:
+    """[B, ...], what the rollout has of that name.
+
+    Raises:
+      ValueError: naming the bank, if the rollout was not given, or not with this field.
+    """
+    value = getattr(self.read("rollout"), field)
+    if value is None:
+      raise ValueError(f"bank={self.bank!r} reads rollout.{field}, which is None: make the Rollout with {field}=...")
+    return np.asarray(value)
+
   def states(self, row: int) -> range:
     """The states to fill."""
     return range(1) if self.shared else range(int(np.asarray(self.read("segments").num_segments)[row]))
@@ -228,7 +239,7 @@ def rollouts(inputs: BankInputs) -> Iterator[Place]:
   whose return is not finite are not counted.
   """
   returns, mask = inputs.read("returns"), np.asarray(inputs.read("rollout").mask)
-  log_probs, known = np.asarray(inputs.read("rollout").sampler_log_probs), np.isfinite(returns)
+  log_probs, known = inputs.recorded("sampler_log_probs"), np.isfinite(returns)
   # log q of the suffix from each place on, as a reversed running sum; in float32 its error would grow with T.
   log_q = np.cumsum(np.where(mask, log_probs, 0.0)[:, ::-1], axis=1, dtype=np.float64)[:, ::-1]
   members = {j for row in inputs.rows for j in inputs.group(row)}
@@ -262,7 +273,7 @@ def own(inputs: BankInputs) -> Iterator[Place]:
       f"bank={inputs.bank!r} reads where traces leave their thought: cut them with segment(..., exit_table=...)."
     )
   left, solution_start = np.asarray(segments.thought_end), np.asarray(segments.solution_start)
-  ended = (left < inputs.lengths) & ~np.asarray(inputs.read("rollout").truncated) & np.isfinite(returns)
+  ended = (left < inputs.lengths) & ~inputs.recorded("truncated") & np.isfinite(returns)
   for row in inputs.rows:
     newlines = inputs.references[row].exit[: inputs.exit_newlines(row)] if inputs.references is not None else []
     found: dict[bytes, list[int]] = {}
@@ -325,8 +336,8 @@ def make_bank(
   Args:
     name: one of `BANKS`, "package.module:function", or a function; see this module's docstring.
     references: B of them; None for rollouts and own, which may read the newlines of their exit.
-    rollout: fields [B, ...], on the host. Read by suffix, rollouts and own, and where an
-      exit begins with a newline.
+    rollout: fields [B, ...], on the host. Read by suffix, rollouts (`sampler_log_probs` too) and
+      own (`truncated` too), and where an exit begins with a newline.
     segments: fields [B, ...], on the host. Without them there is one set of completions a
       row, for whatever state (K = 1). Read by suffix, rollouts and own, and where states lie
       after the exit or an exit begins with a newline.

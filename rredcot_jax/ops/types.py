@@ -36,16 +36,21 @@ class Rollout:
   """Sampled traces, right-padded, after left-padded prompts.
 
   Everything is kept as token ids: no text is decoded and encoded again.
+
+  The last four fields may be None for the scorers and for every bank but two: `rollouts` reads
+  `sampler_log_probs`, and `own` reads `truncated`.
   """
 
   prompt_tokens: chex.Array  # [P] int32, left-padded.
   prompt_mask: chex.Array  # [P] bool, True on real tokens.
   tokens: chex.Array  # [T] int32, the trace, its end-of-sequence token included.
   mask: chex.Array  # [T] bool, True on real tokens (a prefix of True).
-  log_probs: chex.Array  # [T] float32, of the policy at the sampling temperature (nats), as the trainer computes them.
-  sampler_log_probs: chex.Array  # [T] float32, of what was sampled from: the policy cut by top-k and top-p (nats).
-  entropy: chex.Array  # [T] float32, of the model's next-token distribution (nats).
-  truncated: chex.Array  # [] bool, True where the trace ran out of room.
+  log_probs: chex.Array | None = (
+    None  # [T] float32, of the policy at the sampling temperature (nats), in the trainer's numerics.
+  )
+  sampler_log_probs: chex.Array | None = None  # [T] float32, of what was sampled from: after top-k and top-p (nats).
+  entropy: chex.Array | None = None  # [T] float32, of the model's next-token distribution (nats).
+  truncated: chex.Array | None = None  # [] bool, True where the trace ran out of room.
 
 
 @pytree

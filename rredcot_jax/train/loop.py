@@ -256,6 +256,7 @@ def host_metrics(
   zero_variance: np.ndarray,
 ) -> dict[str, Any]:
   """Metrics of rollouts, over all processes, on devices; those of credit and of the update are made elsewhere."""
+  assert rollout.truncated is not None  # The sampler records it.
   return {
     "train/reward": returns.mean(),
     "train/length": lengths.mean(),

@@ -23,6 +23,7 @@ def trace_record(
   length, num_segments = int(rollout.mask.sum()), int(segments.num_segments)
   starts = np.asarray(segments.starts)[:num_segments]  # On the host: a slice on a device compiles for each number.
   texts = [codec.decode([token]) for token in rollout.tokens[:length].tolist()]
+  assert rollout.entropy is not None  # The sampler records it.
   wrong = None
   line = tasks.first_wrong_step(task, example, "".join(texts))
   if line is not None:
