@@ -51,16 +51,18 @@ rehearse: .venv/rehearse
 	touch $@
 
 # The tests that compare with other people's code or compile for TPUs, and no others.
-test-peers: peers test-tunix
+test-peers: peers
 	$(BIN)/python -m pytest -m peers $(IN_PARALLEL)
 
-# Tunix wants other versions of what .venv holds, so that it has a set-up of its own.
+# Tunix wants other versions of what .venv holds, so that it has a set-up of its own, which CI does not make.
 test-tunix: .venv-tunix/ready
 	.venv-tunix/bin/python -m pytest -p no:cacheprovider -m peers tests/tunix_test.py
 
 .venv-tunix/ready: setup.py
 	$(PYTHON) -m venv .venv-tunix
-	.venv-tunix/bin/python $(PIP) -e '.[tunix]' pytest hypothesis
+	$(PYTHON) -c 'import runpy; declared = runpy.run_path("tools/lint_dependencies.py")["declared"](); \
+	  print(*declared[""], *declared["tunix"], "pytest", "hypothesis", sep="\n")' >.venv-tunix/requirements.txt
+	.venv-tunix/bin/python $(PIP) -r .venv-tunix/requirements.txt
 	touch $@
 
 peers: .venv/peers
