@@ -474,12 +474,19 @@ def test_the_answer_is_derived_from_the_first_of_several_solutions(corpus):
     ([None], "holds a null"),
     (["a", 3], "is no text: 3"),
     ([["a"]], "is no text"),
+    (["a"] * 257, "holds 257 solutions, and the most is 256"),
   ],
 )
 def test_a_wrong_list_of_solutions_is_an_error_that_names_file_and_line(corpus, worked, message):
   make = corpus("mine", [{"q": "1 + 2?", "worked": worked, "final": "3"}])
   with pytest.raises(ValueError, match=f"test.jsonl, line 1: .*{message}"):
     make(fields=FIELDS)
+
+
+def test_no_more_solutions_are_grouped_than_a_row_may_hold(corpus):
+  make = corpus("mine", [{"q": "1 + 2?", "worked": [f"{i}.{j}" for j in range(100)], "final": "3"} for i in range(4)])
+  task = make(fields=FIELDS, group_questions=True)
+  assert task.max_solutions == 256 and solutions_of(task[0])[-1] == "2.55\n"
 
 
 def test_rows_of_one_question_are_one_example_if_asked(corpus):

@@ -8,7 +8,7 @@ hash of their contents, so that a changed file is a new cache; the cache may be
 deleted at any time that no run uses it. TensorFlow is not needed.
 
 References. A solution field that is a list of texts holds several reference
-solutions. Where answers are derived, one that ends in another answer than the
+solutions, at most 256. Where answers are derived, one that ends in another answer than the
 first is left out. With `group_questions` the rows of one question are one
 example with a reference solution from each.
 
@@ -57,6 +57,7 @@ SPLITS = ("train", "eval")
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations, as in `48/2 = <<48/2=24>>24`.
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_MOST_SOLUTIONS = 256  # Of a question; all of them are encoded whenever a bank is made.
 _DERIVED = ("####", "boxed")  # Where the answer of a row without an answer field stands in its solution.
 
 
@@ -328,6 +329,8 @@ def _solutions(schema: Schema, row: corpus_files.Row) -> list[str]:
   name = next((name for name in schema.solution if row.fields.get(name) is not None), "")
   held = row.fields.get(name)
   if isinstance(held, list):
+    if len(held) > _MOST_SOLUTIONS:
+      raise ValueError(f"{row}: field {name!r} holds {len(held)} solutions, and the most is {_MOST_SOLUTIONS}.")
     found = [_text(dataclasses.replace(row, fields={name: one}), (name,)) for one in held]
     if None in found:
       raise ValueError(f"{row}: field {name!r} holds a null among its solutions.")
@@ -466,6 +469,7 @@ class Corpus(tfds.core.GeneratorBasedBuilder):
         counts["grouped"] += 1
         known = grouped[key]["solutions"]
         known += [one for one in record["solutions"] if one not in known]
+        del known[_MOST_SOLUTIONS:]
     for number, record in enumerate(grouped.values()):
       most = max(most, len(record["solutions"]))
       yield number, _stored(record)
