@@ -4,8 +4,8 @@
 
 The policy is the shipped warm start of configs/think.py. Ground truth is 512 rollouts of every
 distinct state of 2 traces in each of 24 groups of 8. The same command continues an interrupted study.
-**Not run by us yet**: no figure of it is known. `:small` is the same study of a few traces, which takes
-minutes and shows what the page looks like.
+Figures are in docs/results.md; gradient variance was left out of that run. `:small` is the same study of a few
+traces, which takes minutes and shows what the page looks like.
 """
 
 from ml_collections import ConfigDict
