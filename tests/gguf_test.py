@@ -1,5 +1,6 @@
 """GGUF files as checkpoints: the model, its tokenizer and its ends, and what is not covered is refused by name."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from helpers import assert_equal_trees, checkpoint_maker, tensors_of
 from hypothesis import strategies as st
 
 from rredcot_jax.data import encoding, tasks
+from rredcot_jax.model import attention, huggingface
 from rredcot_jax.model import gguf as our_gguf
-from rredcot_jax.model import huggingface
 from rredcot_jax.model.config import SIZES
 from rredcot_jax.model.tokenizer import end_ids, load_tokenizer
 
@@ -118,8 +119,12 @@ def test_gguf_with_llama_3s_rope_scaling(make, tmp_path):
     smooth = (8192 / wavelength - 1) / (4 - 1)
     between = 1 / ((1 - smooth) / 8 + smooth)
     table.append(1 if wavelength < 8192 / 4 else 8 if wavelength > 8192 / 1 else between)
-  assert 1 < table[-2] < 8 == table[-1]
   table = np.array(table, np.float32)
+  # The product's own divisors, which have all three parts: 1, between, and 8.
+  plain = attention.rotary_frequencies(dataclasses.replace(expected, rope_scaling=None))[0]
+  divisors = plain / attention.rotary_frequencies(expected)[0]
+  np.testing.assert_allclose(divisors, table, rtol=1e-5)
+  assert divisors[0] == 1 and 1 < divisors[-2] < 8 and divisors[-1] == pytest.approx(8)
   path = write_gguf(tmp_path / "a.gguf", "llama-llama3", tensors={"rope_freqs.weight": (table, F32)})
   read, found = huggingface.load(path)
   assert read == expected

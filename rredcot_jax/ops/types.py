@@ -45,9 +45,7 @@ class Rollout:
   prompt_mask: chex.Array  # [P] bool, True on real tokens.
   tokens: chex.Array  # [T] int32, the trace, its end-of-sequence token included.
   mask: chex.Array  # [T] bool, True on real tokens (a prefix of True).
-  log_probs: chex.Array | None = (
-    None  # [T] float32, of the policy at the sampling temperature (nats), in the trainer's numerics.
-  )
+  log_probs: chex.Array | None = None  # [T] float32, of the policy at the sampling temperature (nats).
   sampler_log_probs: chex.Array | None = None  # [T] float32, of what was sampled from: after top-k and top-p (nats).
   entropy: chex.Array | None = None  # [T] float32, of the model's next-token distribution (nats).
   truncated: chex.Array | None = None  # [] bool, True where the trace ran out of room.
